@@ -1,0 +1,38 @@
+# One environment, .venv, for everything. PYTHON chooses the interpreter it is made with.
+PYTHON ?= python3
+BIN := .venv/bin
+OUT := demo-out
+
+.PHONY: demo test test-slow lint clean
+
+demo: .venv/ready
+	rm -rf $(OUT)
+	$(BIN)/tokprune-export --model demo --method lofi --out $(OUT)/lofi
+	$(BIN)/tokprune-export --model demo --method none --out $(OUT)/unpruned
+	$(BIN)/tokprune demo-data --n 24 --out $(OUT)/scenes
+	$(BIN)/tokprune verify $(OUT)/lofi --reference demo --data $(OUT)/scenes/data.jsonl
+	$(BIN)/tokprune bench $(OUT)/lofi --against $(OUT)/unpruned --rounds 10
+	$(BIN)/tokprune run $(OUT)/lofi --image $(OUT)/scenes/$$(ls $(OUT)/scenes | grep png | head -n 1) \
+		--prompt "How many digits are there?" --prompt "Which digit is highest?" --overlay $(OUT)/kept.png
+
+test: .venv/ready lint
+	$(BIN)/pytest -m "not slow"
+
+test-slow: .venv/ready
+	$(BIN)/pytest -m slow
+
+lint: .venv/ready
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	MYPYPATH=.venv/typing $(BIN)/mypy
+
+# mypy does not follow the mapping of folders to import names, so it gets the same mapping as links
+.venv/ready: pyproject.toml tests/constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint tests/constraints.txt --editable .[dev]
+	mkdir -p .venv/typing/tokprune
+	for folder in runtime plugins calibration export; do ln -sfn $(CURDIR)/$$folder .venv/typing/tokprune/$$folder; done
+	touch $@
+
+clean:
+	rm -rf .venv $(OUT) build dist *.egg-info

@@ -1,0 +1,149 @@
+"""Questions about images in, answers out: the runtime's front door. Ties text, images and the pipeline."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tokprune.runtime import names
+from tokprune.runtime.bundle import Bundle, open_bundle
+from tokprune.runtime.errors import UserError
+from tokprune.runtime.generate import Generation, Sampling, generate
+from tokprune.runtime.pipeline import Pipeline, Pruned
+from tokprune.runtime.preprocess import load_image, pixel_values, read_image_spec
+from tokprune.runtime.prompt import Tokenizer, expand_image_tokens, next_turn_text, prompt_text
+from tokprune.runtime.session import make_backend
+
+
+class Model:
+    """A bundle, loaded and ready; ``chat()`` starts a conversation."""
+
+    def __init__(self, bundle: Bundle, engine: str = "auto", threads: int = 0) -> None:
+        self.bundle = bundle
+        self.tokenizer = Tokenizer(bundle.file(names.TOKENIZER_FILE))
+        self.image_spec = read_image_spec(bundle.file(names.PREPROCESSOR_FILE))
+        size = bundle.manifest.model.vision.image_size
+        if self.image_spec.size != (size, size):
+            raise UserError(
+                f"{bundle.file(names.PREPROCESSOR_FILE)} makes images of {self.image_spec.size} pixels, the model reads "
+                f"{size}×{size}: export the bundle again"
+            )
+        self.pipeline = Pipeline(bundle, make_backend(engine, threads))
+        self.pipeline.load()
+
+    def chat(self) -> Chat:
+        """A new, empty conversation."""
+        return Chat(self)
+
+
+def load(path: Path | str, *, engine: str = "auto", threads: int = 0, check_hashes: bool = False) -> Model:
+    """Open a bundle and load its segments. Raises UserError if anything about it is wrong."""
+    return Model(open_bundle(path, check_hashes=check_hashes), engine, threads)
+
+
+class Chat:
+    """A conversation whose caches are kept from turn to turn; ``last`` is the newest turn's generation."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._state = model.pipeline.new_state()
+        self._unread: list[int] = []  # yielded, but not in the caches yet
+        self.last: Generation | None = None
+
+    def ask(
+        self,
+        question: str,
+        images: Sequence[Image.Image | Path | str] = (),
+        *,
+        sampling: Sampling | None = None,
+        max_new_tokens: int = 128,
+    ) -> Iterator[str]:
+        """Yield the answer's text as it grows. Raises UserError for unreadable images or a bad prompt."""
+        started = time.perf_counter()
+        model, facts = self._model, self._model.pipeline.facts
+        form, reserved = model.bundle.manifest.prompt, model.tokenizer.special_tokens
+        loaded = [image if isinstance(image, Image.Image) else load_image(image) for image in images]
+        pixels = np.concatenate([pixel_values(image, model.image_spec) for image in loaded]) if loaded else None
+        if self.last is None:
+            new = model.tokenizer.encode(prompt_text(form, question, len(loaded), reserved))
+        else:
+            text = next_turn_text(form, question, len(loaded), reserved)
+            new = model.tokenizer.encode(text, special=False)
+        ids = self._unread + expand_image_tokens(new, facts.image_token_id, [facts.vision.tokens] * len(loaded))
+        result = Generation(prompt_tokens=len(ids))
+        tokens = generate(
+            model.pipeline,
+            self._state,
+            ids,
+            result,
+            pixel_values=pixels,
+            sampling=sampling,
+            max_new_tokens=max_new_tokens,
+            started=started,
+        )
+        stream = model.tokenizer.stream()
+        for token in tokens:
+            self.last, self._unread = result, [token]
+            if piece := stream.push(token):
+                yield piece
+        if result.stop == "eos":
+            self._unread = []  # the step that gave EOS has read the last token
+        self.last = result
+        if piece := stream.finish():
+            yield piece
+
+
+def pruning_record(pipeline: Pipeline, pruned: Sequence[Pruned], *, scores: bool = False) -> dict[str, Any]:
+    """The ``pruning`` object of every result: what was dropped, or why nothing was."""
+    if not pipeline.manifest.plan.stages:
+        reason = "the bundle was exported with method none"
+    elif not pruned:
+        reason = "the prompt has no image"
+    else:
+        reason = str(pipeline.manifest.plan)
+    stages = []
+    for item in pruned:
+        stage: dict[str, Any] = {
+            "layer": item.layer,
+            "image": item.image,
+            "kept": item.kept,
+            "total": item.total,
+            "indices": item.indices.tolist(),
+        }
+        if scores:
+            stage["candidates"] = item.candidates.tolist()
+            stage["scores"] = [float(score) for score in item.scores]
+        stages.append(stage)
+    return {"applied": bool(pruned), "reason": reason, "stages": stages}
+
+
+def result_record(model: Model, answer: str, result: Generation, *, scores: bool = False) -> dict[str, Any]:
+    """The object that ``tokprune run --json`` prints; times in ms, memory in MB of 10^6 bytes."""
+    segments = dict(result.prefill.ms)
+    steps = max(1, result.decode_steps)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {
+        "answer": answer,
+        "token_ids": result.token_ids,
+        "stop": result.stop,
+        "prompt_tokens": result.prompt_tokens,
+        "pruning": pruning_record(model.pipeline, result.pruned, scores=scores),
+        "timing_ms": {
+            "ttft": result.ttft_ms,
+            "decode_per_token": result.decode_ms / steps if result.decode_steps else None,
+            "segments": segments,
+        },
+        "peak_rss_mb": peak / 1e6,
+        "flops": {
+            "prefill": sum(result.prefill.flops.values()),
+            "decode_per_token": sum(result.decode.flops.values()) // steps if result.decode_steps else None,
+            "segments": dict(result.prefill.flops),
+        },
+        "engine": model.pipeline.backend.name,
+    }
