@@ -1,0 +1,243 @@
+"""LeverageTopK as an ONNX function of standard operators: what runs where no plugin does.
+
+Rank-r leverage without an SVD operator, in FP32, with fixed numbers of steps:
+
+1. Subspace iteration Q ← orth((XXᵀ − c)Q) from a fixed Gaussian start, a few columns wider than r. XXᵀ is
+   formed once if D is large against N, else applied as X(XᵀQ), which is both cheaper and more exact.
+2. orth() is CholeskyQR *in column order*, by unrolled elimination: rows of massive activation grade the
+   spectrum over many decades, and Gram-Schmidt order keeps small directions exact where symmetric
+   orthonormalisation (Newton-Schulz) would drown them in rounding.
+3. Ritz step without an eigensolver: T = (XᵀQ)ᵀ(XᵀQ), and its spectral projector P onto the top r
+   eigenvalues by SP2 purification (Niklasson, Phys. Rev. B 66, 155115, 2002). Then ℓ = rowsum(QP ∘ Q).
+
+Only operators that TensorRT 10.3 has, no loop, no FP64. Knows no engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from onnx import FunctionProto, NodeProto, helper
+from tokprune.plugins.leverage_topk.reference import RANK_TOLERANCE
+from tokprune.plugins.nodes import OPSET, Nodes
+from tokprune.plugins.topk import top_k_nodes
+
+DOMAIN, OP_TYPE, VERSION = "tokprune", "LeverageTopK", 1
+ATTRIBUTES = ("k", "rank", "energy", "max_rank", "rounds", "oversampling", "purifications", "seed")
+
+_TINY = 1e-30  # keeps divisions finite where X = 0
+# Rounds after the random start in which columns come out nearly parallel: one pass leaves them far from
+# orthogonal, and Ritz values say nothing yet.
+_UNSETTLED = 2
+_HUGE = 1e30
+# On a unit diagonal, a pivot below this is rounding of FP32 products, and its column is not eliminated from
+# others. A shift of the diagonal, the usual mend, leaves its share of u_1 in every column, which the next
+# product multiplies by λ_1/λ_j: with gradings above 1e5 that diverges.
+_FLOOR = 5e-6
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much work the iteration does. Chosen by `benchmarks/leverage.py`; attributes of the node."""
+
+    rounds: int = 8
+    oversampling: int = 16
+    purifications: int = 60
+    seed: int = 0
+
+
+def leverage_topk(
+    x: str,
+    outputs: Sequence[str],
+    n: int,
+    d: int,
+    k: int,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    max_rank: int = 64,
+    settings: Settings | None = None,
+) -> tuple[NodeProto, FunctionProto]:
+    """The node that maps ``x`` [I, n, d] to ``outputs`` (kept_indices, scores), and the function it calls."""
+    node = leverage_topk_node(x, outputs, k, rank=rank, energy=energy, max_rank=max_rank, settings=settings)
+    function = leverage_topk_function(n, d, k, rank=rank, energy=energy, max_rank=max_rank, settings=settings)
+    return node, function
+
+
+def leverage_topk_node(
+    x: str,
+    outputs: Sequence[str],
+    k: int,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    max_rank: int = 64,
+    settings: Settings | None = None,
+) -> NodeProto:
+    """The node alone, as a plugin needs it: all attributes, absent rank or energy as 0."""
+    if bool(rank) == bool(energy):
+        raise ValueError(f"give either rank or energy, not rank={rank} and energy={energy}")
+    settings = settings or Settings()
+    return helper.make_node(
+        OP_TYPE, [x], list(outputs), domain=DOMAIN, k=k, rank=rank or 0, energy=float(energy or 0), max_rank=max_rank,
+        rounds=settings.rounds, oversampling=settings.oversampling,
+        purifications=settings.purifications, seed=settings.seed,
+    )  # fmt: skip
+
+
+def leverage_topk_function(
+    n: int,
+    d: int,
+    k: int,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    max_rank: int = 64,
+    settings: Settings | None = None,
+) -> FunctionProto:
+    """The op for X [I, n, d], specialised to its shape and attributes: a model holds one such function.
+
+    Outputs kept_indices [I, k] int64 and scores [I, n] float32. X must be finite, with Σx² in FP32's range.
+    """
+    settings = settings or Settings()
+    if not 1 <= k <= n:
+        raise ValueError(f"k = {k} must lie between 1 and the number of rows {n}")
+    if bool(rank) == bool(energy):
+        raise ValueError(f"give either rank or energy, not rank={rank} and energy={energy}")
+    if rank and not rank < n:
+        raise ValueError(f"rank {rank} must be smaller than the number of rows {n}: at full rank all scores are 1")
+    if energy and not 0 < energy < 1:
+        raise ValueError(f"energy {energy} must lie between 0 and 1")
+    width = min((rank or max_rank) + settings.oversampling, n, d)
+    body = _Body(n, d, width, settings)
+    scores = body.scores(rank or min(max_rank, n - 1), energy)
+    top_k_nodes(body.nodes, scores, k, "kept_indices")
+    return helper.make_function(
+        DOMAIN, OP_TYPE, ["X"], ["kept_indices", "scores"], body.nodes.protos,
+        [helper.make_opsetid("", OPSET)], attributes=list(ATTRIBUTES),
+    )  # fmt: skip
+
+
+class _Body:
+    """The nodes of one function. Shapes leave out the leading axis I; q is the width of the subspace."""
+
+    def __init__(self, n: int, d: int, width: int, settings: Settings) -> None:
+        self.nodes = Nodes("leverage")
+        self._n, self._d, self._q, self._settings = n, d, width, settings
+        add = self.nodes.add
+        self._identity = self.nodes.constant(np.eye(width, dtype=np.float32)[None])  # [1, q, q]
+        self._x = add("Cast", "X", to=Nodes.FLOAT)  # [n, d]
+        self._xt = self._transposed(self._x)
+        both = self.nodes.int64([1, 2])
+        # Per apply: 4ndq against 2n²q, and 2n²d once for the product.
+        products = settings.rounds + 1
+        self._gram = None
+        if 4 * n * d * width * products > 2 * n * n * (d + width * products):
+            self._gram = add("MatMul", self._x, self._xt)  # [n, n]
+            diagonal = add("Mul", self._gram, self.nodes.constant(np.eye(n, dtype=np.float32)[None]))
+            trace = add("ReduceSum", diagonal, both)
+        else:
+            trace = add("ReduceSumSquare", self._x, both)
+        self._inverse_trace = add("Reciprocal", add("Max", trace, self.nodes.float32(_TINY)))  # [1, 1]
+
+    def scores(self, rank: int, energy: float | None) -> str:
+        """Nodes up to the output "scores" [n]; with ``energy``, ``rank`` is only the cap."""
+        add = self.nodes.add
+        start = np.random.Generator(np.random.Philox(self._settings.seed)).standard_normal((self._n, self._q))
+        q = self.nodes.constant(start.astype(np.float32)[None])
+        for turn in range(self._settings.rounds):
+            settled = turn >= _UNSETTLED
+            q = self._orthonormal(self._apply(q, shifted=settled))
+            if not settled or turn == self._settings.rounds - 1:
+                q = self._orthonormal(q)
+        projected = add("MatMul", self._xt, q)  # [d, q]
+        t = add("Mul", add("MatMul", self._transposed(projected), projected), self._inverse_trace)
+        t, target = self._target(t, rank, energy)
+        p = self._projector(t, target)
+        weighted = add("Mul", add("MatMul", q, p), q)
+        summed = add("ReduceSum", weighted, self.nodes.int64([2]), keepdims=0)
+        return add("Max", summed, self.nodes.float32(0), output="scores")
+
+    def _transposed(self, matrix: str) -> str:
+        return self.nodes.add("Transpose", matrix, perm=[0, 2, 1])
+
+    def _apply(self, q: str, shifted: bool) -> str:
+        """(XXᵀ / tr(XXᵀ) − c) q [n, q], c half the smallest Ritz value if ``shifted``, else 0.
+
+        Unwanted eigenvalues lie in [0, λ_q]: centred about 0 they fade faster, by (λ_r − c) / (λ_q − c) a round.
+        """
+        add, nodes = self.nodes.add, self.nodes
+        if self._gram is not None:
+            y = add("Mul", add("MatMul", self._gram, q), self._inverse_trace)
+            ritz = add("ReduceSum", add("Mul", q, y), nodes.int64([1])) if shifted else ""  # [1, q]
+        else:
+            projected = add("MatMul", self._xt, q)  # [d, q]
+            scaled = add("Mul", projected, self._inverse_trace)
+            y = add("MatMul", self._x, scaled)
+            ritz = add("ReduceSum", add("Mul", projected, scaled), nodes.int64([1])) if shifted else ""
+        if not shifted:
+            return y
+        centre = add("Mul", add("ReduceMin", ritz, nodes.int64([2])), nodes.float32(0.5))
+        return add("Sub", y, add("Mul", q, centre))
+
+    def _orthonormal(self, y: str) -> str:
+        """Columns of ``y`` [n, q], orthonormalised in their order.
+
+        Y S L⁻ᵀ D^-½ with S YᵀY S = LDLᵀ, where S scales columns to unit norm and L has a unit diagonal.
+        """
+        add, nodes, width = self.nodes.add, self.nodes, self._q
+        a = add("MatMul", self._transposed(y), y)  # [q, q]
+        squares = add("ReduceSum", add("Mul", a, self._identity), nodes.int64([1]))  # [1, q]
+        scale = add("Reciprocal", add("Sqrt", add("Max", squares, nodes.float32(_TINY))))
+        a = add("Mul", add("Mul", a, scale), self._transposed(scale))
+        # Elimination of [A | I] without pivoting: rows end as [DLᵀ | L⁻¹] where A = LDLᵀ.
+        identity = add("Add", add("Mul", a, nodes.float32(0)), self._identity)  # one an image
+        rows = add("Concat", a, identity, axis=2)  # [q, 2q]
+        for j in range(width - 1):
+            row, column = (add("Gather", rows, nodes.int64([j]), axis=axis) for axis in (1, 2))
+            pivot = add("Gather", row, nodes.int64([j]), axis=2)
+            pivot = add("Where", add("Greater", pivot, nodes.float32(_FLOOR)), pivot, nodes.float32(_HUGE))
+            below = nodes.constant((np.arange(width) > j).astype(np.float32)[None, :, None])
+            factors = add("Mul", add("Div", column, pivot), below)  # [q, 1]
+            rows = add("Sub", rows, add("Mul", factors, row))
+        diagonal, inverse = nodes.add_many("Split", 2, rows, nodes.int64([width, width]), axis=2)
+        pivots = add("ReduceSum", add("Mul", diagonal, self._identity), nodes.int64([2]))  # [q, 1]
+        inverse = add("Div", inverse, add("Sqrt", add("Max", pivots, nodes.float32(_FLOOR))))
+        return add("MatMul", y, self._transposed(add("Mul", inverse, scale)))
+
+    def _target(self, t: str, rank: int, energy: float | None) -> tuple[str, str]:
+        """T without the directions that are rounding noise, and the rank [1, 1] its projector shall have."""
+        add, nodes = self.nodes.add, self.nodes
+        ritz = add("ReduceSum", add("Mul", t, self._identity), nodes.int64([1]))  # [1, q], nearly descending
+        floor = add("Mul", add("ReduceMax", ritz, nodes.int64([2])), nodes.float32(RANK_TOLERANCE**2))
+        significant = add("Cast", add("Greater", ritz, floor), to=Nodes.FLOAT)
+        count = add("ReduceSum", significant, nodes.int64([2]))
+        t = add("Mul", add("Mul", t, significant), self._transposed(significant))
+        target = add("Min", count, nodes.float32(rank))
+        if energy:
+            held = add("CumSum", ritz, nodes.int64(2))  # of the trace, which is scaled to 1
+            short = add("Cast", add("Less", held, nodes.float32(energy)), to=Nodes.FLOAT)
+            needed = add("Add", add("ReduceSum", short, nodes.int64([2])), nodes.float32(1))
+            target = add("Min", target, needed)
+        return t, target
+
+    def _projector(self, t: str, target: str) -> str:
+        """Projector [q, q] onto the ``target`` largest eigenvalues of ``t``, by SP2.
+
+        Two maps of [0, 1] keep 0, 1 and the order of eigenvalues: x² lowers, 2x − x² raises. Each step takes
+        the one whose trace comes nearer to the target: x² if (tr X − tr X²)(tr X − target) > 0. Going by
+        tr X > target alone would, once converged, feed rounding errors the map that doubles them.
+        """
+        add, nodes = self.nodes.add, self.nodes
+        both = nodes.int64([1, 2])
+        bound = add("ReduceMax", add("ReduceSum", add("Abs", t), nodes.int64([1])), nodes.int64([2]))
+        x = add("Div", t, add("Max", bound, nodes.float32(_TINY)))
+        for _ in range(self._settings.purifications):
+            square = add("MatMul", x, x)
+            trace = add("ReduceSum", add("Mul", x, self._identity), both)
+            excess, shrinkage = add("Sub", trace, target), add("Sub", trace, add("ReduceSumSquare", x, both))
+            lower = add("Greater", add("Mul", excess, shrinkage), nodes.float32(0))
+            x = add("Where", lower, square, add("Add", x, add("Sub", x, square)))
+        return x
