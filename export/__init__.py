@@ -1,0 +1,1 @@
+"""Reads checkpoints, traces segments, writes bundles and verifies them against PyTorch."""

@@ -1,0 +1,115 @@
+"""``tokprune export``, also ``tokprune-export``: parses, exports, prints."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import click
+from tokprune.runtime.errors import UserError
+from tokprune.runtime.manifest import ModelFacts
+from tokprune.runtime.plan import METHODS, Plan, Rank, make_plan, parse_keep, parse_rank, parse_stage
+
+# Chosen by measured consistency on the demo model (docs/consistency.md), not quoted from a paper.
+DEFAULT_LAYER, DEFAULT_KEEP, DEFAULT_RANK = 2, "64", "16"
+
+
+@click.command("export", epilog="Example: tokprune-export --method lofi --layer 2 --keep 64 --out bundle")
+@click.option("--model", default="demo", show_default=True, help="Checkpoint directory, or 'demo'.")
+@click.option("--method", type=click.Choice(METHODS), required=True, help="What scores the visual tokens.")
+@click.option(
+    "--layer",
+    type=int,
+    help=f"Decoder layer before which to prune; 0 is the first. [default: {DEFAULT_LAYER}]",
+)
+@click.option("--keep", help=f"Visual tokens kept: a count, or a fraction as 0.1. [default: {DEFAULT_KEEP}]")
+@click.option("--rank", help=f"lofi: components, or a fraction of the energy as 0.9. [default: {DEFAULT_RANK}]")
+@click.option("--stage", "stage_texts", multiple=True, metavar="L:K", help="Layer and keep; again for more stages.")
+@click.option("--seed", default=0, show_default=True, help="random: seed of the draw.")
+@click.option("--precision", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), help="Bundle to write. [default: MODEL-METHOD]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object when done.")
+def command(
+    model: str,
+    method: str,
+    layer: int | None,
+    keep: str | None,
+    rank: str | None,
+    stage_texts: tuple[str, ...],
+    seed: int,
+    precision: str,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Export a LLaVA-1.5 checkpoint to a bundle of ONNX segments, split where visual tokens are pruned."""
+    begin = time.perf_counter()
+    _progress_line("reading the checkpoint's configuration")
+    # imported here, so that --help does not wait for PyTorch
+    from tokprune.export.bundle import check_out
+    from tokprune.export.checkpoint import find_checkpoint
+    from tokprune.export.pipeline import export, steps
+
+    if rank is not None and method != "lofi":
+        raise UserError(f"--rank was given for method '{method}': it belongs to lofi only, drop it")
+    checkpoint = find_checkpoint(model)
+    plan = _plan(checkpoint.facts, method, layer, keep, rank, stage_texts, seed)
+    out = out or Path(f"{Path(model).name}-{method}")
+    check_out(out)
+    total, done = steps(plan, checkpoint.facts.layers), 0
+
+    def progress(step: str) -> None:
+        nonlocal done
+        done += 1
+        _progress_line(f"[{done}/{total}] {step}")
+
+    manifest = export(checkpoint, plan, out, precision=precision, progress=progress)
+    seconds = time.perf_counter() - begin
+    size = sum(file.size for file in manifest.files)
+    if as_json:
+        click.echo(
+            json.dumps(
+                {
+                    "bundle": str(out),
+                    "method": plan.method,
+                    "stages": [{"layer": stage.layer, "keep": stage.keep} for stage in plan.stages],
+                    "precision": precision,
+                    "segments": [segment.name for segment in manifest.segments],
+                    "size_bytes": size,
+                    "seconds": seconds,
+                }
+            )
+        )
+    else:
+        click.echo(
+            f"{out}: {plan}; {precision}, {len(manifest.segments)} segments, {size / 1e6:.1f} MB, {seconds:.1f} s"
+        )
+
+
+def _plan(
+    facts: ModelFacts,
+    method: str,
+    layer: int | None,
+    keep: str | None,
+    rank: str | None,
+    stage_texts: tuple[str, ...],
+    seed: int,
+) -> Plan:
+    tokens = facts.vision.tokens
+    if stage_texts and (layer is not None or keep is not None):
+        raise UserError("--stage was given together with --layer or --keep: say it one way only")
+    if stage_texts:
+        stages = [parse_stage(text, tokens) for text in stage_texts]
+    elif method == "none":
+        if layer is not None or keep is not None:
+            raise UserError("method 'none' prunes nothing, but --layer or --keep was given: drop them")
+        stages = []
+    else:
+        kept = parse_keep(DEFAULT_KEEP if keep is None else keep, tokens)
+        stages = [(DEFAULT_LAYER if layer is None else layer, kept)]
+    components: Rank | None = parse_rank(DEFAULT_RANK if rank is None else rank) if method == "lofi" else None
+    return make_plan(method, stages, layers=facts.layers, visual_tokens=tokens, rank=components, seed=seed)
+
+
+def _progress_line(text: str) -> None:
+    click.echo(text, err=True)

@@ -1,0 +1,133 @@
+"""The torch modules that become segments: slices of transformers' own LLaVA, with tensors in and out.
+
+Knows the model and its layers; knows no ONNX, no bundle and no pruning. Every module here runs in eager
+PyTorch too, so that a test can hold a traced graph against it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration
+from transformers.models.llama.modeling_llama import repeat_kv
+
+ATTENTION = "tokprune"
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,  # [B, H, S, d]
+    key: Tensor,  # [B, H_kv, P + S, d]
+    value: Tensor,
+    attention_mask: Tensor | None,  # added to the weights; broadcasts to [B, H, S, P + S]
+    scaling: float,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Plain attention for tracing, registered with transformers under the name ``ATTENTION``.
+
+    The query is scaled before the product and the softmax runs in FP32: in FP16 neither overflows.
+    """
+    groups = getattr(module, "num_key_value_groups", 1)
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    weights = torch.matmul(query * scaling, key.transpose(2, 3))
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = weights.float().softmax(dim=-1).to(query.dtype)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), None  # [B, S, H, d]
+
+
+class VisionEncoder(nn.Module):
+    """pixel_values [I, 3, H, W] → image_features [I, N, D]: tower up to the feature layer, then projector."""
+
+    def __init__(self, model: LlavaForConditionalGeneration, layers: int) -> None:
+        super().__init__()
+        tower = model.model.vision_tower
+        tower = getattr(tower, "vision_model", tower)  # transformers 5 merged the two classes
+        self.embeddings, self.pre_layrnorm = tower.embeddings, tower.pre_layrnorm
+        self.layers = nn.ModuleList(tower.encoder.layers[:layers])
+        self.projector = model.model.multi_modal_projector
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        hidden = self.pre_layrnorm(self.embeddings(pixel_values))
+        for layer in self.layers:
+            hidden = layer(hidden, attention_mask=None)
+        return self.projector(hidden[:, 1:])  # the class token is dropped
+
+
+class EmbedTokens(nn.Module):
+    """input_ids [B, S] → inputs_embeds [B, S, D]."""
+
+    def __init__(self, model: LlavaForConditionalGeneration) -> None:
+        super().__init__()
+        self.embedding = model.model.language_model.embed_tokens
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.embedding(input_ids)
+
+
+class _Cache:
+    """What transformers' attention asks of a cache: appends to given tensors and keeps the results."""
+
+    def __init__(self, tensors: tuple[Tensor, ...], first_layer: int) -> None:
+        self._past, self._first = tensors, first_layer
+        self.present: list[Tensor] = []
+
+    def update(self, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        at = 2 * (layer - self._first)
+        key = torch.cat([self._past[at], key], dim=2)  # [B, H_kv, P + S, d]
+        value = torch.cat([self._past[at + 1], value], dim=2)
+        self.present += [key, value]
+        return key, value
+
+
+class Decoder(nn.Module):
+    """Decoder layers [first, stop), for prefill and decode alike; with norm and head if they are the last.
+
+    Inputs: hidden states [B, S, D], position_ids [B, S], attention_mask [B, P + S], logits_index [B, T]
+    (with the head only), then past key and value of each layer, [B, H_kv, P, d].
+    Outputs: last_hidden_state [B, S, D] or logits [B, T, V] in FP32, then present keys and values.
+    """
+
+    def __init__(self, model: LlavaForConditionalGeneration, first: int, stop: int) -> None:
+        super().__init__()
+        language = model.model.language_model
+        self.first, self.has_head = first, stop == len(language.layers)
+        self.layers = nn.ModuleList(language.layers[first:stop])
+        self.rotary = language.rotary_emb
+        if self.has_head:
+            self.norm, self.head = language.norm, model.lm_head
+
+    def forward(
+        self, hidden: Tensor, position_ids: Tensor, attention_mask: Tensor, *rest: Tensor
+    ) -> tuple[Tensor, ...]:
+        logits_index, past = (rest[0], rest[1:]) if self.has_head else (None, rest)
+        cache = _Cache(past, self.first)
+        bias = _causal_bias(attention_mask, hidden)
+        rotation = self.rotary(hidden, position_ids)
+        for layer in self.layers:
+            hidden = layer(
+                hidden,
+                attention_mask=bias,
+                position_ids=position_ids,
+                past_key_values=cache,
+                position_embeddings=rotation,
+            )
+        if logits_index is not None:
+            rows = logits_index.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
+            hidden = self.head(self.norm(hidden.gather(1, rows))).float()
+        return hidden, *cache.present
+
+
+def _causal_bias(attention_mask: Tensor, hidden: Tensor) -> Tensor:
+    """[B, P + S] of 0 and 1 → [B, 1, S, P + S] of 0 and the dtype's lowest number.
+
+    Rows are in order of position, before and after pruning, so row i of this call may see rows 0 .. P + i.
+    """
+    rows, total = hidden.shape[1], attention_mask.shape[1]
+    last = torch.arange(rows, device=hidden.device) + (total - rows)
+    causal = torch.arange(total, device=hidden.device)[None, :] <= last[:, None]
+    allowed = causal[None, None] & (attention_mask[:, None, None, :] != 0)
+    zero = torch.zeros((), dtype=hidden.dtype, device=hidden.device)
+    return torch.where(allowed, zero, torch.finfo(hidden.dtype).min)

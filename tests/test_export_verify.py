@@ -1,0 +1,181 @@
+"""The PyTorch reference with pruning, and verify on top of it, on a tiny model with random weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from PIL import Image
+from tokprune.export.checkpoint import find_checkpoint, load_model
+from tokprune.export.reference import Reference
+from tokprune.export.verify import verify
+from tokprune.runtime import UserError, names
+from tokprune.runtime.bundle import sha256
+from tokprune.runtime.chat import load
+from tokprune.runtime.data import Sample
+from tokprune.runtime.plan import Plan, Rank, Stage
+from transformers import DynamicCache
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_checkpoint: Path):
+    return find_checkpoint(str(tiny_checkpoint))
+
+
+@pytest.fixture(scope="module")
+def torch_model(checkpoint):
+    return load_model(checkpoint, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
+    directory = tmp_path_factory.mktemp("images")
+    found = []
+    for number in range(3):
+        path = directory / f"{number}.png"
+        noise = np.random.default_rng(number).integers(0, 256, (60 + number, 81, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(path)
+        found += [Sample("What digit is red?", path, "7"), Sample("How many?", path)]
+    return [*found, Sample("No picture here?")]
+
+
+def prompt(facts) -> tuple[list[int], torch.Tensor]:
+    ids = [0, 9, *[facts.image_token_id] * facts.vision.tokens, 20, 21, 22]
+    size = facts.vision.image_size
+    return ids, torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(4))
+
+
+class TestReference:
+    def test_without_stages_it_is_transformers_own_generate(self, checkpoint, torch_model):
+        ids, pixels = prompt(checkpoint.facts)
+        with Reference(torch_model, checkpoint.facts, Plan("none")) as reference:
+            run, logits = reference.prefill(ids, pixels)
+            tokens = [int(logits.argmax())]
+            for _ in range(4):
+                tokens.append(int(reference.step(run, tokens[-1]).argmax()))
+        expected = torch_model.generate(
+            input_ids=torch.tensor([ids]), pixel_values=pixels, max_new_tokens=5, do_sample=False, eos_token_id=None
+        )
+        assert tokens == expected[0, len(ids) :].tolist()
+
+    @pytest.mark.parametrize("stages", [((1, 5),), ((0, 5),), ((0, 9), (2, 4))])
+    def test_hooks_equal_a_loop_written_out(self, checkpoint, torch_model, stages):
+        """The same pruning, layer by layer by hand, with masks instead of sdpa's causal flag."""
+        facts = checkpoint.facts
+        ids, pixels = prompt(facts)
+        plan = Plan("lofi", tuple(Stage(*stage) for stage in stages), Rank(components=3))
+        with Reference(torch_model, facts, plan) as reference:
+            run, logits = reference.prefill(ids, pixels)
+            step = reference.step(run, 30)
+        kept = [selection.indices for selection in run.selections]
+        expected, expected_step = written_out(torch_model, facts, ids, pixels, dict(stages), kept)
+        np.testing.assert_allclose(logits, expected, atol=1e-5)
+        np.testing.assert_allclose(step, expected_step, atol=1e-5)
+
+    def test_hooks_end_with_the_context(self, checkpoint, torch_model):
+        ids, pixels = prompt(checkpoint.facts)
+        with torch.inference_mode():
+            before = torch_model(input_ids=torch.tensor([ids]), pixel_values=pixels).logits
+            with Reference(torch_model, checkpoint.facts, Plan("uniform", (Stage(1, 4),))) as reference:
+                _, pruned = reference.prefill(ids, pixels)
+            after = torch_model(input_ids=torch.tensor([ids]), pixel_values=pixels).logits
+        assert torch.equal(before, after)
+        assert np.abs(before[0, -1].numpy() - pruned).max() > 1e-4
+
+    def test_other_attention_is_refused(self, checkpoint):
+        eager = load_model(checkpoint, dtype=torch.float32, attention="eager")
+        with pytest.raises(ValueError, match="sdpa"):
+            Reference(eager, checkpoint.facts, Plan("none"))
+
+
+@torch.inference_mode()
+def written_out(model, facts, ids, pixels, stages, kept):
+    """Prefill, then one step with token 30; ``kept`` [stage] are original patches."""
+    language = model.model.language_model
+    features = torch.stack(list(model.get_image_features(pixel_values=pixels).pooler_output))[0]
+    hidden = language.embed_tokens(torch.tensor([ids]))
+    is_visual = np.array(ids) == facts.image_token_id
+    hidden[0, is_visual] = features
+    patch = np.full(len(ids), -1)
+    patch[is_visual] = np.arange(facts.vision.tokens)
+    rows, cache, stage = np.arange(len(ids)), DynamicCache(), 0
+    for number, layer in enumerate(language.layers):
+        if number in stages:
+            stays = np.array([patch[row] < 0 or patch[row] in kept[stage] for row in rows])
+            rows, hidden, stage = rows[stays], hidden[:, stays], stage + 1
+        count = len(rows)
+        mask = torch.full((count, count), float("-inf")).triu(1)[None, None]
+        rotation = language.rotary_emb(hidden, torch.from_numpy(rows)[None])
+        hidden = layer(hidden, attention_mask=mask, past_key_values=cache, position_embeddings=rotation)
+    logits = model.lm_head(language.norm(hidden))[0, -1]
+    hidden = language.embed_tokens(torch.tensor([[30]]))
+    rotation = language.rotary_emb(hidden, torch.tensor([[len(ids)]]))
+    for layer in language.layers:
+        hidden = layer(hidden, attention_mask=None, past_key_values=cache, position_embeddings=rotation)
+    return logits.numpy(), model.lm_head(language.norm(hidden))[0, -1].numpy()
+
+
+class TestVerify:
+    @pytest.mark.parametrize("key", ["none", "lofi", "uniform", "random-0", "lofi-2"])
+    def test_engine_equals_pytorch_with_the_same_pruning(self, tiny_bundle, checkpoint, samples, key):
+        model = load(tiny_bundle(key))
+        result, outcomes = verify(model, checkpoint, samples, max_new_tokens=5, spectrum_samples=2)
+        parity = result["parity"]
+        assert parity["samples"] == len(samples)
+        assert parity["greedy_agreement"] == parity["kept_equal_margin"] == parity["same_token_ids"] == 1.0
+        # FP32 products in another order through a few layers; the issue allows 1e-3
+        assert parity["max_abs_logit_diff"] < 1e-4
+        assert parity["answers_equal"] == 1.0
+        if key == "none":
+            assert result["consistency"]["agreement"] == 1.0
+            assert result["consistency"]["kl_mean"] < 1e-8
+        else:
+            assert result["consistency"]["kl_mean"] > 1e-8
+            changed = [entry for entry in result["consistency"]["ipr"] if entry["full"] != entry["pruned"]]
+            assert min(entry["layer"] for entry in changed) == model.bundle.manifest.plan.stages[0].layer
+        assert outcomes[-1].parity.kept_overlap == 1.0  # no image, nothing pruned
+
+    def test_a_wrong_engine_does_not_pass(self, tiny_bundle, checkpoint, samples, tmp_path):
+        """One weight of the last decoder is changed: parity must show it, consistency too."""
+        broken = shutil.copytree(tiny_bundle("uniform"), tmp_path / "broken")
+        manifest = json.loads((broken / names.MANIFEST_FILE).read_text())
+        data = np.fromfile(broken / "decoder_1.data", dtype=np.float32)
+        data[:2000] *= 1.5
+        data.tofile(broken / "decoder_1.data")
+        for entry in manifest["files"]:
+            if entry["path"] == "decoder_1.data":
+                entry["sha256"] = sha256(broken / "decoder_1.data")
+        (broken / names.MANIFEST_FILE).write_text(json.dumps(manifest))
+        result, _ = verify(load(broken), checkpoint, samples[:2], max_new_tokens=3, spectrum_samples=0)
+        assert result["parity"]["max_abs_logit_diff"] > 1e-3
+
+    def test_a_wrong_selection_does_not_pass(self, tiny_bundle, checkpoint, samples, tmp_path):
+        """The selector keeps other tokens than it should: kept sets must differ, by the margin rule too."""
+        broken = shutil.copytree(tiny_bundle("random"), tmp_path / "broken")
+        model = onnx.load(broken / "select_0.onnx")
+        (node,) = [n for n in model.graph.node if n.output[0] == names.KEPT_INDICES]
+        node.output[0] = "kept_before"
+        one = onnx.numpy_helper.from_array(np.array(1, dtype=np.int64), "shift")
+        limit = onnx.numpy_helper.from_array(np.array(15, dtype=np.int64), "limit")
+        model.graph.initializer.extend([one, limit])
+        at = list(model.graph.node).index(node) + 1
+        model.graph.node.insert(at, onnx.helper.make_node("Min", ["shifted", "limit"], [names.KEPT_INDICES]))
+        model.graph.node.insert(at, onnx.helper.make_node("Add", ["kept_before", "shift"], ["shifted"]))
+        onnx.save(model, broken / "select_0.onnx")
+        manifest = json.loads((broken / names.MANIFEST_FILE).read_text())
+        for entry in manifest["files"]:
+            if entry["path"] == "select_0.onnx":
+                entry |= {"sha256": sha256(broken / "select_0.onnx"), "size": (broken / "select_0.onnx").stat().st_size}
+        (broken / names.MANIFEST_FILE).write_text(json.dumps(manifest))
+        result, _ = verify(load(broken), checkpoint, samples[:2], max_new_tokens=3, spectrum_samples=0)
+        assert result["parity"]["kept_equal_margin"] == 0.0
+        assert result["parity"]["kept_overlap"] < 1.0
+
+    def test_another_checkpoint_is_refused(self, tiny_bundle, samples):
+        with pytest.raises(UserError, match="was not made from"):
+            verify(load(tiny_bundle("none")), find_checkpoint("demo"), samples)
