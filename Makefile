@@ -12,7 +12,7 @@ demo: .venv/ready
 	$(BIN)/tokprune demo-data --n 24 --out $(OUT)/scenes
 	$(BIN)/tokprune verify $(OUT)/lofi --reference demo --data $(OUT)/scenes/data.jsonl
 	$(BIN)/tokprune bench $(OUT)/lofi --against $(OUT)/unpruned --rounds 10
-	$(BIN)/tokprune run $(OUT)/lofi --image $(OUT)/scenes/$$(ls $(OUT)/scenes | grep png | head -n 1) \
+	$(BIN)/tokprune run $(OUT)/lofi --image $(OUT)/scenes/images/00000.png \
 		--prompt "How many digits are there?" --prompt "Which digit is highest?" --overlay $(OUT)/kept.png
 
 test: .venv/ready lint

@@ -23,8 +23,10 @@ import numpy.typing as npt
 import onnxruntime
 import torch
 from onnx import TensorProto, helper
+
 from tokprune.plugins.leverage_topk import body, reference
 from tokprune.plugins.topk import top_k
+from tokprune.runtime import metrics
 
 TOKENS, RANK, KEEPS = 576, 16, (64, 128, 192)
 THREADS = 2
@@ -66,10 +68,11 @@ def synthetic(seed: int, width: int) -> Array:
 def demo_states(images: int) -> Iterator[Array]:
     """States [576, D] that enter layers 1 and 2 of the demo model, on held-out scenes."""
     from PIL import Image
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
     from tokprune.export import demo
     from tokprune.export.demo.model import PROMPT
     from tokprune.export.demo.scenes import held_out_questions
-    from transformers import AutoProcessor, LlavaForConditionalGeneration
 
     checkpoint = Path(demo.__path__[0]) / "checkpoint"
     model = LlavaForConditionalGeneration.from_pretrained(checkpoint).eval()
@@ -97,8 +100,8 @@ def exactness(cases: Iterator[Array], settings: body.Settings) -> dict[str, floa
         errors.append(np.abs(scores - expected).max() / np.sort(expected)[-KEEPS[0]])
         for keep in KEEPS:
             kept = top_k(scores, keep)
-            equal.append(reference.kept_equal_within_margin(expected, kept))
-            shared.append(reference.overlap(kept, top_k(expected, keep)))
+            equal.append(metrics.kept_equal_margin(kept, expected))
+            shared.append(metrics.kept_overlap(kept, top_k(expected, keep)))
     return {
         "cases": len(errors),
         "equal_within_margin": float(np.mean(equal)),

@@ -78,7 +78,8 @@ def staged(out: Path) -> Iterator[Path]:
     check_out(out)
     target = Path(os.path.realpath(out))  # of a symbolic link, what it points to is replaced
     stage = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
-    missing = [parent for parent in target.parents if not parent.exists()]  # the nearest first
+    with _refusals(out, _BARRED):
+        missing = [parent for parent in target.parents if not parent.exists()]  # the nearest first
     try:
         with _refusals(out, _BARRED):
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ Safetensors only: no pickle is ever opened, and no code that comes with a checkp
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,12 +16,14 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
+from transformers import AutoProcessor, LlavaForConditionalGeneration, ProcessorMixin
+
 from tokprune.export import demo
 from tokprune.runtime import names
 from tokprune.runtime.config import model_facts
 from tokprune.runtime.errors import UserError
 from tokprune.runtime.manifest import ModelFacts, PromptFormat
-from transformers import AutoProcessor, LlavaForConditionalGeneration, ProcessorMixin
+from tokprune.runtime.preprocess import image_spec
 
 DEMO = "demo"
 LLAVA_15 = PromptFormat(image="<image>\n", user="USER: {text} ", assistant="ASSISTANT:")
@@ -59,7 +62,9 @@ def find_checkpoint(model: str) -> Checkpoint:
     for file in (names.TOKENIZER_FILE, "tokenizer_config.json"):
         if not (path / file).is_file():
             raise UserError(f"{path} has no {file}: add the processor's files, as llava-hf checkpoints have them")
-    return Checkpoint(path, facts, LLAVA_15)
+    # the bundle names the model, not the exporting machine's directories
+    name = DEMO if model == DEMO else path.resolve().name
+    return Checkpoint(path, dataclasses.replace(facts, name=name), LLAVA_15)
 
 
 def _json(path: Path, file: str) -> dict[str, Any]:
@@ -127,6 +132,7 @@ def load_model(checkpoint: Checkpoint, *, dtype: torch.dtype, attention: str = "
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
         )
     for kind, what in (
         ("missing_keys", "lacks"),
@@ -168,10 +174,11 @@ def load_processor(checkpoint: Checkpoint) -> ProcessorMixin:
             f"is {facts.image_token_id}: give the tokenizer that belongs to the model"
         )
     size = facts.vision.image_size
-    if made := _image_size(image_processor) != {"height": size, "width": size}:
+    spec = image_spec(json.loads(image_processor.to_json_string()), f"the image processor of {checkpoint.path}")
+    if spec.size != (size, size):
         raise UserError(
-            f"the image processor of {checkpoint.path} makes images of {made}, the model reads {size}×{size}: "
-            "give the processor that belongs to the model"
+            f"the image processor of {checkpoint.path} makes images of {spec.size} pixels, the model reads "
+            f"{size}×{size}: give the processor that belongs to the model"
         )
     if processor.chat_template:
         content = [{"type": "image"}, {"type": "text", "text": "What is this?"}]

@@ -11,6 +11,7 @@ import math
 
 import onnx_ir as ir
 import sympy
+
 from tokprune.runtime import names
 from tokprune.runtime.manifest import FlopsTerm
 

@@ -10,6 +10,7 @@ import onnx
 import torch
 import transformers
 from transformers import AttentionInterface
+
 from tokprune.export.bundle import describe_files, staged
 from tokprune.export.checkpoint import Checkpoint, load_model, load_processor
 from tokprune.export.segments import ATTENTION, Decoder, EmbedTokens, VisionEncoder, attention

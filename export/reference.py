@@ -13,14 +13,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from transformers import DynamicCache, LlavaForConditionalGeneration
+
 from tokprune.plugins import grid
 from tokprune.plugins.leverage_topk import reference as leverage
 from tokprune.runtime.layout import Layout
 from tokprune.runtime.manifest import ModelFacts
 from tokprune.runtime.plan import Plan
 from tokprune.runtime.prompt import visual_rows
-from torch import Tensor
-from transformers import DynamicCache, LlavaForConditionalGeneration
 
 
 @dataclass
@@ -76,11 +77,11 @@ class Reference:
         """Run the prompt: (sequence, logits [V] float32 of its last row).
 
         ``ids`` hold N image tokens an image of ``pixel_values`` [I, 3, H, W]. With ``keep_hidden`` the
-        sequence keeps the rows that enter each decoder layer behind the first.
+        sequence keeps the rows that enter each decoder layer, those dropped before it not among them.
         """
         sequence = Run()
         tokens = self._facts.vision.tokens
-        visual = visual_rows(ids, self._facts.image_token_id, tokens)
+        visual = visual_rows([] if pixel_values is None else ids, self._facts.image_token_id, tokens)
         sequence.alive = [np.arange(tokens) for _ in visual]
         self._record, self._layout, self._rows = sequence, Layout.of(len(ids), visual), None
         self._keep_hidden = keep_hidden

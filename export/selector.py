@@ -13,6 +13,7 @@ import onnx
 import onnx.inliner
 import onnx_ir as ir
 from onnx import TensorProto, helper
+
 from tokprune.export.flops import count_flops
 from tokprune.export.trace import OPSET
 from tokprune.plugins import grid

@@ -16,12 +16,13 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
 from tokprune.export.flops import count_flops
 from tokprune.export.segments import Decoder, EmbedTokens, VisionEncoder
 from tokprune.runtime import names
 from tokprune.runtime.manifest import ModelFacts, SegmentFacts, TensorFacts
-from torch import Tensor, nn
-from torch.export import Dim
 
 OPSET = 20
 _TRACE = {

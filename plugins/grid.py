@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from onnx import NodeProto
+
 from tokprune.plugins.nodes import Nodes
 from tokprune.plugins.topk import top_k
 

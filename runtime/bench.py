@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
 from tokprune.runtime import metrics, names
 from tokprune.runtime.errors import UserError
 from tokprune.runtime.pipeline import Meter, Pipeline

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+
 from tokprune.runtime import names
 from tokprune.runtime.bundle import Bundle, open_bundle
 from tokprune.runtime.errors import UserError
@@ -31,8 +32,8 @@ class Model:
         size = bundle.manifest.model.vision.image_size
         if self.image_spec.size != (size, size):
             raise UserError(
-                f"{bundle.file(names.PREPROCESSOR_FILE)} makes images of {self.image_spec.size} pixels, the model reads "
-                f"{size}×{size}: export the bundle again"
+                f"{bundle.file(names.PREPROCESSOR_FILE)} makes images of {self.image_spec.size} pixels, the model "
+                f"reads {size}×{size}: export the bundle again"
             )
         self.pipeline = Pipeline(bundle, make_backend(engine, threads))
         self.pipeline.load()
@@ -75,13 +76,14 @@ class Chat:
         else:
             text = next_turn_text(form, question, len(loaded), reserved)
             new = model.tokenizer.encode(text, special=False)
-        ids = self._unread + expand_image_tokens(new, facts.image_token_id, [facts.vision.tokens] * len(loaded))
+        ids = expand_image_tokens(new, facts.image_token_id, [facts.vision.tokens] * len(loaded))
         result = Generation(prompt_tokens=len(ids))
         tokens = generate(
             model.pipeline,
             self._state,
             ids,
             result,
+            unread=self._unread,
             pixel_values=pixels,
             sampling=sampling,
             max_new_tokens=max_new_tokens,
@@ -118,7 +120,8 @@ def pruning_record(pipeline: Pipeline, pruned: Sequence[Pruned], *, scores: bool
         }
         if scores:
             stage["candidates"] = item.candidates.tolist()
-            stage["scores"] = [float(score) for score in item.scores]
+            # JSON has no NaN, which an FP16 model that overflowed may give
+            stage["scores"] = [float(score) if np.isfinite(score) else None for score in item.scores]
         stages.append(stage)
     return {"applied": bool(pruned), "reason": reason, "stages": stages}
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+
 from tokprune.runtime.errors import UserError
 from tokprune.runtime.pipeline import Meter, Pipeline, Pruned, State
 
@@ -74,6 +75,7 @@ def generate(
     ids: Sequence[int],
     result: Generation,
     *,
+    unread: Sequence[int] = (),
     pixel_values: np.ndarray | None = None,
     sampling: Sampling | None = None,
     max_new_tokens: int = 128,
@@ -81,21 +83,26 @@ def generate(
 ) -> Iterator[int]:
     """Append ``ids`` to the sequence and yield new tokens, filling ``result``; EOS is not yielded.
 
+    ``unread`` is what the turn before yielded last, if it was never fed back: it is read first, on its own,
+    because an image token that the model wrote is none of this turn's images.
     ``started`` is the ``time.perf_counter()`` that time to first token counts from. Afterwards the caches
     hold the prompt and every yielded token but the last; ``State`` can take a next turn.
     Raises UserError if the prompt does not fit the model's context.
     """
     begin = time.perf_counter() if started is None else started
     context = pipeline.facts.context
-    if state.position + len(ids) >= context:
+    length = state.position + len(unread) + len(ids)
+    if length >= context:
         raise UserError(
-            f"the prompt has {state.position + len(ids)} tokens with its images and earlier turns, the model's context "
+            f"the prompt has {length} tokens with its images and earlier turns, the model's context "
             f"is {context}: give a shorter prompt"
         )
     if max_new_tokens < 1:
         raise UserError(f"{max_new_tokens} new tokens were asked for: give at least 1")
     sampler = Sampler(sampling or Sampling())
     features = None if pixel_values is None else pipeline.encode_images(pixel_values, result.prefill)
+    if unread:
+        pipeline.forward(state, unread, result.prefill)
     logits, result.pruned = pipeline.forward(state, ids, result.prefill, image_features=features)
     token = sampler.choose(logits[-1])
     result.ttft_ms = 1e3 * (time.perf_counter() - begin)

@@ -14,6 +14,11 @@ from numpy.typing import ArrayLike, NDArray
 
 F64 = NDArray[np.float64]
 RESAMPLES, SEED = 2000, 0  # of the bootstrap: fixed, so that the same samples give the same interval
+# Two rows may change places if their scores differ by less than this share of the k-th score: about what the FP32
+# body of LeverageTopK attains at a 2 % spectral gap (1.7e-3 at worst in 48 synthetic cases, 2e-4 in 90 % of them).
+MARGIN = 1e-3
+# Scores below this share of the best one are zero: what is left of them is rounding, in the reference too.
+NEGLIGIBLE = 1e-6
 NORMAL_975 = 1.959963984540054  # the normal distribution's 97.5 % quantile
 
 # --- answers ----------------------------------------------------------------------------------------
@@ -152,17 +157,24 @@ def kept_overlap(ours: ArrayLike, reference: ArrayLike) -> float:
     return float(np.isin(np.asarray(reference), np.asarray(ours)).mean())
 
 
-def kept_equal_margin(ours: ArrayLike, reference: ArrayLike, scores: ArrayLike, margin: float) -> bool:
-    """Whether two kept sets [k] differ by no more than swaps among near-equal reference ``scores`` [N].
+def kept_equal_margin(kept: ArrayLike, scores: ArrayLike, margin: float = MARGIN) -> bool:
+    """Whether ``kept`` [k] is a right answer for the reference's ``scores`` [N], near-ties aside.
 
-    The strictest pairing counts: the best score that only the reference kept, less the worst that only ours
-    kept, may be at most ``margin``, in the unit of the scores.
+    It is if no row left out outscores a row kept by more than ``margin`` times the k-th best score. False,
+    too, if ``kept`` is not ascending, repeats a row, or holds one whose score is NaN: dropped before.
     """
     values = np.asarray(scores, dtype=np.float64)
-    missed, extra = np.setdiff1d(reference, ours), np.setdiff1d(ours, reference)
-    if len(missed) != len(extra):
+    values = np.where(np.isnan(values), -np.inf, values)
+    rows = np.asarray(kept)
+    if np.any(np.diff(rows) <= 0) or rows[0] < 0 or rows[-1] >= len(values):
         return False
-    return len(missed) == 0 or bool(values[missed].max() - values[extra].min() <= margin)
+    left_out = np.ones(len(values), dtype=bool)
+    left_out[rows] = False
+    if np.isneginf(values[rows]).any() or not left_out.any():
+        return not left_out.any()
+    kth_best = np.sort(values)[-len(rows)]
+    allowed = margin * max(kth_best, NEGLIGIBLE * values.max())
+    return bool(values[left_out].max() - values[rows].min() <= allowed)
 
 
 def realised_share(t_pruned: float, t_full: float, f_pruned: float, f_full: float) -> float | None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+
 from tokprune.runtime import names
 from tokprune.runtime.bundle import Bundle
 from tokprune.runtime.layout import Layout
@@ -102,7 +103,7 @@ class Pipeline:
     ) -> tuple[np.ndarray, list[Pruned]]:
         """Append ``ids`` to the sequence: logits [T, V] float32 of the asked text rows, and what was pruned.
 
-        Each run of N image tokens in ``ids`` stands for one image of ``image_features`` [I, N, D]. Rows of
+        With ``image_features`` [I, N, D], each run of N image tokens in ``ids`` stands for one image. Rows of
         the call may be asked for from the end, as -1. A call without images runs unpruned.
         Raises ValueError if images and image tokens do not match.
         """

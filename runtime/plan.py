@@ -38,7 +38,7 @@ class Rank:
 
 @dataclass(frozen=True)
 class Plan:
-    """``stages`` with ascending layers and descending keeps; none at all is the unpruned model."""
+    """``stages`` with ascending layers and keeps that never grow; none at all is the unpruned model."""
 
     method: str
     stages: tuple[Stage, ...] = ()

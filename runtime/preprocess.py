@@ -13,6 +13,7 @@ import stat
 import struct
 import warnings
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
+
 from tokprune.runtime.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
@@ -71,7 +73,12 @@ def read_image_spec(path: Path | str) -> ImageSpec:
         data = data.get("image_processor", data)  # transformers 5 nests it in processor_config.json
     if not isinstance(data, dict):
         raise UserError(f"{path} holds no image processor: export the bundle again")
-    return _Settings(str(path), {key: value for key, value in data.items() if value is not None}).spec()
+    return image_spec(data, str(path))
+
+
+def image_spec(data: Mapping[str, Any], where: str) -> ImageSpec:
+    """What `read_image_spec` reads, from the parsed JSON; ``where`` names its origin in errors."""
+    return _Settings(where, {key: value for key, value in data.items() if value is not None}).spec()
 
 
 @dataclass(frozen=True)

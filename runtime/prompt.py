@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import tokenizers
+
 from tokprune.runtime.errors import UserError
 from tokprune.runtime.manifest import PromptFormat
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+
 from tokprune.runtime.errors import UserError
 
 Tensor = Any  # a backend's own handle: opaque to everything but its backend

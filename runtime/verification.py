@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
+
 from tokprune.runtime import metrics
 
 Kept = tuple[ArrayLike, ArrayLike, ArrayLike]  # of one stage: our indices [k], the reference's [k], its scores [N]
@@ -33,7 +34,7 @@ class ParitySample:
     kept_equal_margin: bool  # in every stage, by the margin rule
 
 
-def parity_sample(ours: ArrayLike, reference: ArrayLike, kept: Sequence[Kept], margin: float) -> ParitySample:
+def parity_sample(ours: ArrayLike, reference: ArrayLike, kept: Sequence[Kept]) -> ParitySample:
     """Compare logits [T, V], and the kept sets of each stage by ``metrics.kept_equal_margin``.
 
     Raises ValueError if the shapes differ.
@@ -48,7 +49,7 @@ def parity_sample(ours: ArrayLike, reference: ArrayLike, kept: Sequence[Kept], m
         first_divergence=None if same.all() else int(np.argmin(same)),
         kept_overlap=float(np.mean([metrics.kept_overlap(a, b) for a, b, _ in kept])) if kept else 1.0,
         kept_equal=all(np.array_equal(np.sort(a), np.sort(b)) for a, b, _ in kept),
-        kept_equal_margin=all(metrics.kept_equal_margin(a, b, scores, margin) for a, b, scores in kept),
+        kept_equal_margin=all(metrics.kept_equal_margin(a, scores) for a, _, scores in kept),
     )
 
 
@@ -155,8 +156,9 @@ def gates(
     """Hold summaries against the limits that were given: [{"name", "limit", "value", "passed"}].
 
     ``min_agreement`` is held against the agreement of answers, ``max_kl`` against the mean KL, and
-    ``max_logit_diff`` against the samples with equal kept sets, ``min_greedy_agreement`` against parity's greedy
-    tokens. A gate without a value fails. With parity there is always the gate ``not_finite``: no sample may have NaN or infinite logits.
+    ``max_logit_diff`` against the samples with equal kept sets, ``min_greedy_agreement`` against parity's
+    greedy tokens. A gate without a value fails. With parity there is always the gate ``not_finite``: no
+    sample may have NaN or infinite logits.
     """
     found = []
     if parity is not None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper
+
 from tokprune.export.flops import count_flops
 from tokprune.runtime import flops
 from tokprune.runtime.bundle import open_bundle

@@ -9,11 +9,12 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from transformers import AttentionInterface
+
 from tokprune.export.checkpoint import find_checkpoint, load_model
 from tokprune.export.segments import ATTENTION, Decoder, EmbedTokens, VisionEncoder, attention
 from tokprune.export.trace import OPSET, save_segment, trace_decoder, trace_embed, trace_vision
 from tokprune.runtime import names
-from transformers import AttentionInterface
 
 # FP32 products in another order: a few ulp of activations of order 1, over some layers
 TOLERANCE = 2e-5
@@ -147,19 +148,20 @@ class TestAgainstTransformers:
         np.testing.assert_allclose(hidden, expected, atol=5 * TOLERANCE, rtol=1e-4)
 
 
-class TestGraphs:
-    # Attention, RMSNormalization and the like came to TensorRT after 10.3
-    TENSORRT_10_3 = {
-        *("Add", "And", "Cast", "Concat", "Constant", "Conv", "Cos", "Div", "Equal", "Erf", "Expand", "Gather"),
-        *("GatherElements", "Gelu", "Gemm", "Identity", "LayerNormalization", "LessOrEqual", "MatMul", "Mul", "Neg"),
-        *("Not", "Pow", "Range", "Reciprocal", "ReduceMean", "Reshape", "Shape", "Sigmoid", "Sin", "Slice", "Softmax"),
-        *("Split", "Sqrt", "Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze", "Where"),
-    }
+# Attention, RMSNormalization and the like came to TensorRT after 10.3
+TENSORRT_10_3 = {
+    *("Add", "And", "Cast", "Concat", "Constant", "Conv", "Cos", "Div", "Equal", "Erf", "Expand", "Gather"),
+    *("GatherElements", "Gelu", "Gemm", "Identity", "LayerNormalization", "LessOrEqual", "MatMul", "Mul", "Neg"),
+    *("Not", "Pow", "Range", "Reciprocal", "ReduceMean", "Reshape", "Shape", "Sigmoid", "Sin", "Slice", "Softmax"),
+    *("Split", "Sqrt", "Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze", "Where"),
+}
 
+
+class TestGraphs:
     @pytest.mark.parametrize("name", ["vision_encoder", "embed_tokens", "decoder_0", "decoder_1"])
     def test_operators_and_opset(self, traced, name):
         model = onnx.load(traced[5] / f"{name}.onnx", load_external_data=False)
-        assert {node.op_type for node in model.graph.node} <= self.TENSORRT_10_3
+        assert {node.op_type for node in model.graph.node} <= TENSORRT_10_3
         assert [(item.domain, item.version) for item in model.opset_import] == [("", OPSET)]
 
     @pytest.mark.parametrize("name", ["vision_encoder", "decoder_1"])

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+
 from tokprune.export.reference import choose
 from tokprune.export.selector import save_selector
 from tokprune.runtime import metrics, names
@@ -53,9 +54,7 @@ def test_keeps_what_the_reference_keeps(key: str, starts: list[int], dtype: str,
     slots = []
     for image, rows in enumerate(visual):
         expected, reference_scores = choose(plan, 0, hidden[0, rows].astype(np.float64), (6, 6))
-        assert np.array_equal(kept[image], expected) or metrics.kept_equal_margin(
-            kept[image], expected, reference_scores, 1e-3 * reference_scores[expected].min()
-        )
+        assert metrics.kept_equal_margin(kept[image], reference_scores)
         # leverage scores lie in 0..1; FP32 subspace iteration is good to some 1e-4 there
         np.testing.assert_allclose(scores[image], reference_scores, atol=1e-3)
         assert (np.diff(kept[image]) > 0).all()

@@ -11,6 +11,8 @@ import onnx
 import pytest
 import torch
 from PIL import Image
+from transformers import DynamicCache
+
 from tokprune.export.checkpoint import find_checkpoint, load_model
 from tokprune.export.reference import Reference
 from tokprune.export.verify import verify
@@ -19,7 +21,6 @@ from tokprune.runtime.bundle import sha256
 from tokprune.runtime.chat import load
 from tokprune.runtime.data import Sample
 from tokprune.runtime.plan import Plan, Rank, Stage
-from transformers import DynamicCache
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """LeverageTopK: the float64 reference against algebra, the ONNX body in ONNX Runtime against the reference.
 
-Scores are compared relative to the k-th best, at MARGIN: FP32 keeps an order of magnitude below it, FP16
-storage of the Gram matrix an order of magnitude above, so the tests tell the two apart.
+Scores are compared at MARGIN, relative to themselves and to the k-th best; with 3 rounds instead of 8 the body
+misses it.
 """
 
 import numpy as np
@@ -9,8 +9,10 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper
+
 from tokprune.plugins.leverage_topk import body, reference
 from tokprune.plugins.topk import top_k
+from tokprune.runtime import metrics
 
 ONNX_TYPES = {np.float16: TensorProto.FLOAT16, np.float32: TensorProto.FLOAT}
 TENSORRT_10_3 = {
@@ -56,9 +58,9 @@ def assert_matches(kept, scores, x, k, **options) -> None:
     assert np.all(np.isfinite(scores))
     assert np.all(scores >= 0)
     np.testing.assert_array_equal(kept, top_k(scores, k))
-    allowed = reference.MARGIN * max(np.sort(expected)[-k], reference.NEGLIGIBLE * expected.max())
-    np.testing.assert_allclose(scores, expected, rtol=reference.MARGIN, atol=allowed + 1e-6)
-    assert reference.kept_equal_within_margin(expected, kept)
+    allowed = metrics.MARGIN * max(np.sort(expected)[-k], metrics.NEGLIGIBLE * expected.max())
+    np.testing.assert_allclose(scores, expected, rtol=metrics.MARGIN, atol=allowed + 1e-6)
+    assert metrics.kept_equal_margin(kept, expected)
 
 
 class TestReference:
@@ -86,20 +88,6 @@ class TestReference:
     def test_ties_go_to_the_lower_index(self):
         np.testing.assert_array_equal(top_k([1.0, 3.0, 1.0, 3.0, 1.0], 3), [0, 1, 3])
 
-    def test_margin_forgives_near_ties_only(self):
-        scores = np.array([1.0, 0.5, 0.5 - 4e-4, 0.4, 0.1])
-        assert reference.kept_equal_within_margin(scores, [0, 1])
-        assert reference.kept_equal_within_margin(scores, [0, 2])  # within 1e-3 of 0.5
-        assert not reference.kept_equal_within_margin(scores, [0, 3])
-        assert not reference.kept_equal_within_margin(scores, [1, 2])
-        assert not reference.kept_equal_within_margin(scores, [1, 0])  # not ascending
-        assert not reference.kept_equal_within_margin(scores, [0, 0])
-
-    def test_overlap(self):
-        assert reference.overlap([0, 1, 2, 3], [2, 3, 4, 5]) == 0.5
-        with pytest.raises(ValueError, match="different sizes"):
-            reference.overlap([0], [0, 1])
-
 
 class TestBody:
     @pytest.mark.parametrize("dtype", [np.float16, np.float32])
@@ -119,8 +107,8 @@ class TestBody:
             x = hidden_states(int(factor), 576, 160, np.float32, decay, factor=factor)
             expected = reference.leverage_scores(x, rank=16)
             kept, _ = run.run(None, {"x": x[None]})
-            assert reference.kept_equal_within_margin(expected, kept[0], 5e-3)
-            assert reference.overlap(kept[0], top_k(expected, 128)) >= 0.98
+            assert metrics.kept_equal_margin(kept[0], expected)
+            assert metrics.kept_overlap(kept[0], top_k(expected, 128)) >= 0.98
 
     def test_width_of_7b_with_fp16_input(self):
         x = hidden_states(2, 144, 4096, np.float16)  # 144 of the 576 rows: float64 SVD takes a second at 576

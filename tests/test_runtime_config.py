@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from tokprune.runtime.config import model_facts
 from tokprune.runtime.errors import UserError
 from tokprune.runtime.flops import SEVEN_B

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 from click.testing import CliRunner
+
 from tokprune.runtime import flops, names
 from tokprune.runtime.cli.flops import command
 from tokprune.runtime.errors import UserError

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
 from tokprune.runtime import UserError
 from tokprune.runtime.chat import Model, load, pruning_record
 from tokprune.runtime.generate import Sampler, Sampling

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+
 from tokprune.runtime import metrics
 from tokprune.runtime.verification import (
     ConsistencySample,
@@ -144,15 +145,27 @@ class TestRepresentations:
     def test_overlap(self) -> None:
         assert metrics.kept_overlap([0, 2, 4, 6], [0, 1, 2, 3]) == 0.5
 
-    def test_margin_rule(self) -> None:
-        scores = [0.9, 0.5, 0.5001, 0.1]
-        assert metrics.kept_equal_margin([0, 1], [0, 2], scores, 0.001)
-        assert not metrics.kept_equal_margin([0, 1], [0, 2], scores, 0.00001)
-        assert not metrics.kept_equal_margin([0, 3], [0, 2], scores, 0.001)
-        assert not metrics.kept_equal_margin([0], [0, 2], scores, 1.0)
-        # two swaps, one of them too far: 0.9 was missed for 0.1
-        assert not metrics.kept_equal_margin([2, 3], [0, 1], scores, 0.001)
-        assert metrics.kept_equal_margin([2, 0], [0, 2], scores, 0.0)
+    def test_margin_forgives_near_ties_only(self) -> None:
+        scores = [1.0, 0.5, 0.5 - 4e-4, 0.4, 0.1]
+        assert metrics.kept_equal_margin([0, 1], scores)
+        assert metrics.kept_equal_margin([0, 2], scores)  # within 1e-3 of 0.5
+        assert not metrics.kept_equal_margin([0, 2], scores, margin=1e-4)
+        assert not metrics.kept_equal_margin([0, 3], scores)
+        assert not metrics.kept_equal_margin([1, 2], scores)
+        assert not metrics.kept_equal_margin([1, 0], scores)  # not ascending
+        assert not metrics.kept_equal_margin([0, 0], scores)
+        assert not metrics.kept_equal_margin([0, 5], scores)
+        assert metrics.kept_equal_margin([0, 1, 2, 3, 4], scores)
+
+    def test_margin_with_dropped_rows(self) -> None:
+        """A row that the stage before dropped has no score, and is never a right answer."""
+        scores = [1.0, math.nan, 0.5, 0.4]
+        assert metrics.kept_equal_margin([0, 2], scores)
+        assert not metrics.kept_equal_margin([0, 1], scores)
+        assert metrics.kept_equal_margin([0, 2, 3], scores)
+
+    def test_margin_where_nearly_all_scores_are_zero(self) -> None:
+        assert metrics.kept_equal_margin([0, 2], [1.0, 1e-10, 0.0, 3e-10])
 
     def test_realised_share(self) -> None:
         assert metrics.realised_share(60, 100, 2, 10) == pytest.approx(0.5)
@@ -173,22 +186,22 @@ SAME, NEAR, FAR = ([0, 1], [0, 1], SCORES), ([0, 2], [0, 1], SCORES), ([0, 3], [
 
 class TestParity:
     def test_sample(self) -> None:
-        found = parity_sample(shifted(REFERENCE, 1, 2, 3.5), REFERENCE, [SAME, NEAR], margin=0.01)
+        found = parity_sample(shifted(REFERENCE, 1, 2, 3.5), REFERENCE, [SAME, NEAR])
         assert (found.positions, found.greedy_matches, found.first_divergence) == (3, 2, 1)
         assert found.max_abs_logit_diff == 3.5
         assert found.cosine_min == pytest.approx((16 + 4.5) / math.sqrt(17 * (16 + 4.5**2)))
         assert (found.kept_overlap, found.kept_equal, found.kept_equal_margin) == (0.75, False, True)
 
     def test_sample_without_stages(self) -> None:
-        found = parity_sample(REFERENCE, REFERENCE, [], margin=0.01)
+        found = parity_sample(REFERENCE, REFERENCE, [])
         assert (found.kept_overlap, found.kept_equal, found.kept_equal_margin) == (1.0, True, True)
         assert found.first_divergence is None
 
     def test_summary_separates_other_kept_sets(self) -> None:
         samples = [
-            parity_sample(shifted(REFERENCE, 0, 0, 0.25), REFERENCE, [SAME], 0.01),
-            parity_sample(shifted(REFERENCE, 2, 0, 8.0), REFERENCE, [NEAR], 0.01),
-            parity_sample(shifted(REFERENCE, 1, 0, 1.0), REFERENCE, [FAR], 0.01),
+            parity_sample(shifted(REFERENCE, 0, 0, 0.25), REFERENCE, [SAME]),
+            parity_sample(shifted(REFERENCE, 2, 0, 8.0), REFERENCE, [NEAR]),
+            parity_sample(shifted(REFERENCE, 1, 0, 1.0), REFERENCE, [FAR]),
         ]
         found = parity_summary(samples)
         assert (found["samples"], found["positions"]) == (3, 9)
@@ -200,14 +213,14 @@ class TestParity:
         assert (found["kept_overlap"], found["kept_overlap_min"]) == pytest.approx((2 / 3, 0.5))
 
     def test_no_equal_kept_set_leaves_no_difference(self) -> None:
-        found = parity_summary([parity_sample(REFERENCE, REFERENCE, [FAR], 0.01)])
+        found = parity_summary([parity_sample(REFERENCE, REFERENCE, [FAR])])
         assert found["max_abs_logit_diff"] is None
         assert found["max_abs_logit_diff_all"] == 0.0
 
     @pytest.mark.parametrize("order", [1, -1])
     def test_one_nan_is_never_hidden_by_other_samples(self, order: int) -> None:
-        broken = parity_sample(shifted(REFERENCE, 0, 0, math.nan), REFERENCE, [SAME], 0.01)
-        fine = parity_sample(REFERENCE, REFERENCE, [SAME], 0.01)
+        broken = parity_sample(shifted(REFERENCE, 0, 0, math.nan), REFERENCE, [SAME])
+        fine = parity_sample(REFERENCE, REFERENCE, [SAME])
         found = parity_summary([broken, fine][::order])
         assert (found["max_abs_logit_diff"], found["cosine_min"], found["not_finite"]) == (None, None, 1)
         assert (found["max_abs_logit_diff_all"], found["cosine_min_all"]) == (None, None)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
 from tokprune.runtime import overlay
 from tokprune.runtime.errors import UserError
 from tokprune.runtime.overlay import check_overlay_path, draw_overlay

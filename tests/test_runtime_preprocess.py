@@ -12,10 +12,11 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image, ImageOps, PngImagePlugin
+from transformers import CLIPImageProcessorPil
+
 from tokprune.runtime import preprocess
 from tokprune.runtime.errors import UserError
 from tokprune.runtime.preprocess import load_image, original_box, pixel_values, read_image_spec
-from transformers import CLIPImageProcessorPil
 
 LLAVA = {
     "image_processor_type": "CLIPImageProcessor",

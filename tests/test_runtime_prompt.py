@@ -11,10 +11,11 @@ import pytest
 from PIL import Image
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
+from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
+
 from tokprune.runtime.errors import UserError
 from tokprune.runtime.manifest import PromptFormat
 from tokprune.runtime.prompt import Tokenizer, expand_image_tokens, next_turn_text, prompt_text, visual_rows
-from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
 FORMAT = PromptFormat(image="<image>\n", user="USER: {text} ", assistant="ASSISTANT:")
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]

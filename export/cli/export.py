@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import click
+
 from tokprune.runtime.errors import UserError
 from tokprune.runtime.manifest import ModelFacts
 from tokprune.runtime.plan import METHODS, Plan, Rank, make_plan, parse_keep, parse_rank, parse_stage
@@ -26,7 +27,7 @@ DEFAULT_LAYER, DEFAULT_KEEP, DEFAULT_RANK = 2, "64", "16"
 @click.option("--keep", help=f"Visual tokens kept: a count, or a fraction as 0.1. [default: {DEFAULT_KEEP}]")
 @click.option("--rank", help=f"lofi: components, or a fraction of the energy as 0.9. [default: {DEFAULT_RANK}]")
 @click.option("--stage", "stage_texts", multiple=True, metavar="L:K", help="Layer and keep; again for more stages.")
-@click.option("--seed", default=0, show_default=True, help="random: seed of the draw.")
+@click.option("--seed", type=click.IntRange(min=0), help="random: seed of the draw. [default: 0]")
 @click.option("--precision", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="Bundle to write. [default: MODEL-METHOD]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object when done.")
@@ -37,7 +38,7 @@ def command(
     keep: str | None,
     rank: str | None,
     stage_texts: tuple[str, ...],
-    seed: int,
+    seed: int | None,
     precision: str,
     out: Path | None,
     as_json: bool,
@@ -52,8 +53,10 @@ def command(
 
     if rank is not None and method != "lofi":
         raise UserError(f"--rank was given for method '{method}': it belongs to lofi only, drop it")
+    if seed is not None and method != "random":
+        raise UserError(f"--seed was given for method '{method}': it belongs to random only, drop it")
     checkpoint = find_checkpoint(model)
-    plan = _plan(checkpoint.facts, method, layer, keep, rank, stage_texts, seed)
+    plan = _plan(checkpoint.facts, method, layer, keep, rank, stage_texts, seed or 0)
     out = out or Path(f"{Path(model).name}-{method}")
     check_out(out)
     total, done = steps(plan, checkpoint.facts.layers), 0
@@ -72,7 +75,7 @@ def command(
                 {
                     "bundle": str(out),
                     "method": plan.method,
-                    "stages": [{"layer": stage.layer, "keep": stage.keep} for stage in plan.stages],
+                    "stages": [{"layer": stage.layer, "kept": stage.keep} for stage in plan.stages],
                     "precision": precision,
                     "segments": [segment.name for segment in manifest.segments],
                     "size_bytes": size,

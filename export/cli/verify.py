@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import click
+
 from tokprune.runtime.errors import UserError
 from tokprune.runtime.report import verify_report
 from tokprune.runtime.session import ENGINES
@@ -18,7 +21,7 @@ from tokprune.runtime.session import ENGINES
 @click.option(
     "--reference",
     metavar="MODEL",
-    help="Checkpoint to compare with. [default: what the bundle was made from]",
+    help="Checkpoint to compare with. [default: demo, if it was made from it]",
 )
 @click.option(
     "--data",
@@ -59,7 +62,10 @@ def command(
     from tokprune.runtime.verification import gates
 
     model = load(bundle, engine=engine, threads=threads, check_hashes=True)
-    source = reference or model.bundle.manifest.source["model"]
+    made_from = model.bundle.manifest.source["model"]
+    if reference is None and made_from != "demo":
+        raise UserError(f"{bundle} was made from '{made_from}': give that checkpoint's directory with --reference")
+    source = reference or made_from
     if data is None and source != "demo":
         raise UserError("--data was not given, and only the demo model comes with questions: give --data FILE.jsonl")
     with tempfile.TemporaryDirectory() as scratch:
@@ -92,7 +98,7 @@ def _compare(
     from tokprune.export.verify import verify
 
     checkpoint = find_checkpoint(source)
-    with click.progressbar(length=len(samples), label="comparing", file=click.get_text_stream("stderr")) as bar:
+    with click.progressbar(length=len(samples), label="comparing", file=sys.stderr) as bar:
         result, outcomes = verify(
             model,
             checkpoint,
@@ -103,19 +109,21 @@ def _compare(
         )
     lines = []
     for sample, outcome in zip(samples, outcomes, strict=True):
-        answers = {outcome.full, outcome.reference, outcome.engine}
+        difference = outcome.parity.max_abs_logit_diff
+        full, engine = outcome.consistency.full, outcome.consistency.pruned
+        answers = {full, outcome.reference, engine}
         if len(answers) > 1 or not outcome.parity.kept_equal:
             lines.append(
                 {
                     "image": sample.image.name if sample.image else None,
                     "prompt": sample.prompt,
-                    "full": outcome.full,
+                    "full": full,
                     "reference": outcome.reference,
-                    "engine": outcome.engine,
+                    "engine": engine,
                     "kept_equal": outcome.parity.kept_equal,
                     "kept_equal_margin": outcome.parity.kept_equal_margin,
                     "kept_overlap": outcome.parity.kept_overlap,
-                    "max_abs_logit_diff": outcome.parity.max_abs_logit_diff,
+                    "max_abs_logit_diff": difference if math.isfinite(difference) else None,
                 }
             )
     return result, lines

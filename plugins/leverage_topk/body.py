@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from onnx import FunctionProto, NodeProto, helper
+
 from tokprune.plugins.leverage_topk.reference import RANK_TOLERANCE
 from tokprune.plugins.nodes import OPSET, Nodes
 from tokprune.plugins.topk import top_k_nodes
@@ -40,7 +41,7 @@ _FLOOR = 5e-6
 
 @dataclass(frozen=True)
 class Settings:
-    """How much work the iteration does. Chosen by `benchmarks/leverage.py`; attributes of the node."""
+    """How much work the iteration does. `benchmarks/leverage.py` compares others; attributes of the node."""
 
     rounds: int = 8
     oversampling: int = 16

@@ -1,21 +1,17 @@
 """LeverageTopK in NumPy float64: the ground truth that every implementation is compared with.
 
-Also the rule by which two selections count as equal. Knows nothing of ONNX or of any engine.
+Knows nothing of ONNX or of any engine. ``runtime.metrics`` has the rule by which two selections count as equal.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+
 from tokprune.plugins.topk import top_k
 
 # Directions with σ_j ≤ RANK_TOLERANCE · σ_1 are rounding noise to an FP32 implementation and carry no leverage.
 RANK_TOLERANCE = 1e-5
-# Two rows may change places if their scores differ by less than this share of the k-th score. FP32 scores of
-# an ill-separated subspace (1 % gap) are exact to about 1e-4; FP16 Gram storage misses by 1e-1. See README.
-MARGIN = 1e-3
-# Scores below this share of the best one are zero: what is left of them is rounding, in the reference too.
-NEGLIGIBLE = 1e-6
 
 
 def effective_rank(
@@ -64,30 +60,3 @@ def leverage_topk(
     """(kept [k] int64 ascending, scores [N] float64) of ``x`` [N, D]."""
     scores = leverage_scores(x, rank=rank, energy=energy, max_rank=max_rank)
     return top_k(scores, k), scores
-
-
-def kept_equal_within_margin(reference_scores: npt.ArrayLike, kept: npt.ArrayLike, tolerance: float = MARGIN) -> bool:
-    """Whether ``kept`` [k] is a right answer for ``reference_scores`` [N], near-ties aside.
-
-    It is if no row left out outscores a row kept by more than ``tolerance`` times the k-th best reference
-    score. False, too, if ``kept`` repeats a row or is not ascending.
-    """
-    scores = np.asarray(reference_scores, dtype=np.float64)
-    kept = np.asarray(kept)
-    if np.any(np.diff(kept) <= 0) or kept[0] < 0 or kept[-1] >= len(scores):
-        return False
-    left_out = np.ones(len(scores), dtype=bool)
-    left_out[kept] = False
-    if not left_out.any():
-        return True
-    kth_best = np.sort(scores)[-len(kept)]
-    allowed = tolerance * max(kth_best, NEGLIGIBLE * scores.max())
-    return bool(scores[left_out].max() - scores[kept].min() <= allowed)
-
-
-def overlap(a: npt.ArrayLike, b: npt.ArrayLike) -> float:
-    """Share of the rows in ``a`` [k] that are in ``b`` [k] too."""
-    a, b = np.asarray(a), np.asarray(b)
-    if a.size != b.size:
-        raise ValueError(f"selections of different sizes: {a.size} and {b.size}")
-    return float(np.intersect1d(a, b).size / a.size)

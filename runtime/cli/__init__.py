@@ -11,6 +11,7 @@ import os
 import sys
 
 import click
+
 from tokprune.runtime.errors import UserError
 from tokprune.runtime.version import __version__
 

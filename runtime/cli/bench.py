@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import click
+
 from tokprune.runtime.bench import bench
 from tokprune.runtime.chat import load
 from tokprune.runtime.report import bench_report
@@ -34,7 +36,7 @@ def command(
     """Time BUNDLE's segments; with --against, also the share of the theoretical saving that was realised."""
     pruned = load(bundle, engine=engine, threads=threads).pipeline
     full = None if against is None else load(against, engine=engine, threads=threads).pipeline
-    with click.progressbar(length=rounds + 2, label="timing", file=click.get_text_stream("stderr")) as bar:
+    with click.progressbar(length=rounds + 2, label="timing", file=sys.stderr) as bar:
         result = bench(
             pruned,
             full,

@@ -9,6 +9,7 @@ import platform
 from typing import Any
 
 import click
+
 from tokprune.runtime.report import table
 from tokprune.runtime.version import __version__
 

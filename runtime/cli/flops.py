@@ -7,7 +7,9 @@ import json
 from pathlib import Path
 
 import click
+
 from tokprune.runtime import flops, names, report
+from tokprune.runtime.bundle import read_manifest
 from tokprune.runtime.config import model_facts
 from tokprune.runtime.errors import UserError
 from tokprune.runtime.manifest import Manifest, ModelFacts
@@ -78,8 +80,8 @@ def command(
 
 def read_bundle(model: str) -> Manifest | None:
     """The manifest at ``model``, if that is a bundle's directory; its other files are not looked at."""
-    path = Path(model) / names.MANIFEST_FILE
-    return Manifest.from_json(_read(path), str(path)) if path.is_file() else None
+    path = Path(model)
+    return read_manifest(path) if (path / names.MANIFEST_FILE).is_file() else None
 
 
 def read_model(model: str) -> ModelFacts:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import click
+
 from tokprune.runtime.chat import load, result_record
 from tokprune.runtime.errors import UserError
 from tokprune.runtime.generate import Sampling
