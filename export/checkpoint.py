@@ -162,9 +162,10 @@ def load_processor(checkpoint: Checkpoint) -> ProcessorMixin:
         raise UserError(
             f"{checkpoint.path} has no processor of images and text: add the files of the llava-hf checkpoint"
         )
-    if len(tokenizer) > facts.vocabulary:
+    last = max(tokenizer.get_vocab().values())
+    if last >= facts.vocabulary:
         raise UserError(
-            f"the tokenizer of {checkpoint.path} has {len(tokenizer)} tokens, the model {facts.vocabulary}: "
+            f"the tokenizer of {checkpoint.path} has the token {last}, the model tokens up to {facts.vocabulary - 1}: "
             "give the tokenizer that belongs to the model"
         )
     token = tokenizer.convert_tokens_to_ids(form.image.strip())

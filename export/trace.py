@@ -13,9 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
+from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -146,6 +148,10 @@ def save_segment(model: ir.Model, directory: Path, name: str, layers: tuple[int,
     """
     path = directory / f"{name}.onnx"
     model.graph.name = name
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.Tensor) and isinstance(value.const_value.raw, np.ndarray):
+            # onnx_ir would write it by NumPy's tofile, which says nothing when the disk has no room for its end
+            value.const_value = TorchTensor(torch.tensor(value.const_value.raw), name=value.const_value.name)
     ir.save(model, path, external_data=f"{name}.data")
     onnx.checker.check_model(str(path), full_check=True)
     return SegmentFacts(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import stat
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -71,9 +72,13 @@ def _check_inside(path: Path, name: str) -> Path:
 
 def _check_file(path: Path, facts: FileFacts, check_hashes: bool) -> None:
     file = _check_inside(path, facts.path)
-    if not file.is_file():
+    try:
+        status = file.stat()
+    except OSError:
+        status = None
+    if status is None or not stat.S_ISREG(status.st_mode):
         raise UserError(f"the bundle {path} lacks its file {facts.path}: export it, or copy it, again")
-    size = file.stat().st_size
+    size = status.st_size
     if size != facts.size:
         raise UserError(
             f"{file} has {size} bytes, its manifest says {facts.size}: export the bundle, or copy it, again"

@@ -139,7 +139,7 @@ def parse_rank(text: str) -> Rank:
 def parse_stage(text: str, visual_tokens: int) -> tuple[int, int]:
     """Read ``--stage L:K`` into (layer, keep)."""
     layer, colon, keep = text.partition(":")
-    if not colon or not layer.strip().isdigit():
+    if not colon or not layer.strip().isdecimal():
         raise UserError(f"--stage {text} does not have the form L:K: give for example --stage 2:64")
     return int(layer), parse_keep(keep, visual_tokens)
 

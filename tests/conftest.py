@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from tokprune.runtime.plan import Plan, Rank, make_plan
 
 LAYERS, TOKENS, CONTEXT = 3, 16, 128  # images of 56 pixels in patches of 14
@@ -33,8 +34,9 @@ PLANS: dict[str, Plan] = {
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint as transformers saves it: seeded weights, the demo model's tokenizer, grouped-query attention."""
     import torch
-    from tokprune.export.demo import checkpoint_dir
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    from tokprune.export.demo import checkpoint_dir
 
     path = tmp_path_factory.mktemp("checkpoint") / "tiny"
     # ten times the usual spread: with less, attention is flat and a wrong mask or position would not show

@@ -53,7 +53,7 @@ def test_keeps_what_the_reference_keeps(key: str, starts: list[int], dtype: str,
     assert scores.dtype == np.float32
     slots = []
     for image, rows in enumerate(visual):
-        expected, reference_scores = choose(plan, 0, hidden[0, rows].astype(np.float64), (6, 6))
+        _, reference_scores = choose(plan, 0, hidden[0, rows].astype(np.float64), (6, 6))
         assert metrics.kept_equal_margin(kept[image], reference_scores)
         # leverage scores lie in 0..1; FP32 subspace iteration is good to some 1e-4 there
         np.testing.assert_allclose(scores[image], reference_scores, atol=1e-3)

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from tokprune.runtime.data import Sample, read_samples
 from tokprune.runtime.errors import UserError
 

@@ -1,6 +1,7 @@
 """Plans: what is allowed, how options are read, which layers each decoder has."""
 
 import pytest
+
 from tokprune.runtime.errors import UserError
 from tokprune.runtime.plan import Plan, Rank, Stage, make_plan, parse_keep, parse_rank, parse_stage
 
@@ -62,7 +63,7 @@ class TestMakePlan:
             plan("lofi", rank=rank)
 
     def test_rank_is_held_against_every_stage(self):
-        with pytest.raises(UserError, match="rank 64 .* layer 4, where 64 visual tokens"):
+        with pytest.raises(UserError, match=r"rank 64 .* layer 4, where 64 visual tokens"):
             plan("lofi", [(2, 64), (4, 8)], rank=Rank(components=64))
 
     def test_others_refused(self):
