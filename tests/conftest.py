@@ -2,7 +2,6 @@
 
 import functools
 import json
-import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -85,8 +84,6 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Gives the bundle of one of ``PLANS``, to be read only: copy it before changing anything."""
-    # what the tracer notes for its own developers, thousands of records, is not for pytest to keep
-    logging.getLogger("torch.__trace").propagate = False
     from tokprune.export import pipeline
     from tokprune.export.checkpoint import find_checkpoint
 

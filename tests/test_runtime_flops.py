@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from tokprune.runtime import flops, names
+from tokprune.runtime.bundle import open_bundle
 from tokprune.runtime.cli.flops import command
 from tokprune.runtime.errors import UserError
 from tokprune.runtime.manifest import (
@@ -231,14 +232,15 @@ class TestCommand:
         assert found["segments"]["select_0"] == 0
         assert found["visual_tokens"] == 576
 
-    def test_bundle_brings_its_plan(self, tmp_path) -> None:
-        (tmp_path / names.MANIFEST_FILE).write_text(manifest().to_json())
-        found = run_json("--model", str(tmp_path), "--text-tokens", "6")
-        assert found["stages"] == [{"layer": 2, "kept": 4}]
+    def test_bundle_brings_its_plan(self, tiny_bundle) -> None:
+        path = tiny_bundle("uniform")
+        found = run_json("--model", str(path), "--text-tokens", "6")
+        (stage,) = open_bundle(path).manifest.plan.stages
+        assert found["stages"] == [{"layer": stage.layer, "kept": stage.keep}]
         assert found["selectors"] == "counted from the graph"
-        assert found["prefill_tflops"] == (5 + 704 + 17 + 203) / 1e12
-        other = run_json("--model", str(tmp_path), "--text-tokens", "6", "--stage", "3:4")
-        assert other["segments"]["decoder_0"] == 3 * layer_products(22, 0) / 1e12
+        other = run_json("--model", str(path), "--text-tokens", "6", "--stage", "1:3")
+        assert other["stages"] == [{"layer": 1, "kept": 3}]
+        assert other["prefill_tflops_unpruned"] == found["prefill_tflops_unpruned"]
 
     def test_table(self) -> None:
         result = CliRunner().invoke(command, ["--model", "7b", "--layer", "2", "--keep", "64"])
