@@ -13,7 +13,7 @@ import click
 from tokprune.runtime.report import table
 from tokprune.runtime.version import __version__
 
-EXTRAS = ("torch", "transformers", "onnx", "onnxscript", "safetensors", "sklearn")
+EXTRAS = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "sklearn", "sympy")
 
 
 @click.command("doctor", epilog="Example: tokprune doctor --json")
