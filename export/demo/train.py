@@ -45,11 +45,13 @@ class Stage:
 _LOOKUP = (({1: 1, 2: 2}, 56, 0.3), ({3: 2, 4: 3}, 92, 0.7))
 _DENSER = (({1: 1, 2: 1, 3: 1, 4: 1}, 128, 0.5), ({1: 1, 2: 1, 3: 1, 4: 1}, 320, 0.5))
 _WHOLE = (({1: 1, 2: 1, 3: 2, 4: 4}, 108, 0.5), ({1: 1, 2: 1, 3: 1, 4: 1}, 576, 0.5))
+_READ = (({1: 1, 2: 1, 3: 2, 4: 4}, 108, 0.6), ({1: 1, 3: 1, 4: 1}, 576, 0.4))
 STAGES = (
     Stage("tower", 2400, 1.5e-3, tower_stage),
     Stage("decoder", 1260, 1.5e-3, DecoderWork(_LOOKUP, early=0.5, tower=False, fresh=True), cooldown=0.0),
     Stage("joint", 600, 6e-4, DecoderWork(_DENSER, early=0.2, tower=True)),
     Stage("whole", 600, 2e-4, DecoderWork(_WHOLE, early=0.0, tower=True, dense=0.5), warmup=50, cooldown=0.9),
+    Stage("read", 480, 6e-4, DecoderWork(_READ, early=0.0, tower=False), warmup=30, cooldown=0.9),
 )
 
 
@@ -112,15 +114,17 @@ class Trainer:
             file.write(line + "\n")
 
     def run(self) -> None:
-        """All stages that have not finished yet; the checkpoint is written after each."""
+        """All stages that have not finished yet; the checkpoint is written after each, and at the end in any case."""
         for number, stage in enumerate(self.stages):
             finished = self.work / f"{stage.name}.pt"
             if not finished.exists():
                 self.run_stage(number, stage)
                 torch.save(self.all.state_dict(), finished)
-                if self.out is not None:
-                    self.export(self.out, *(FINAL if stage is self.stages[-1] else INTERIM))
+                if self.out is not None and stage is not self.stages[-1]:
+                    self.export(self.out, *INTERIM)
             self.all.load_state_dict(torch.load(finished, weights_only=True))
+        if self.out is not None:
+            self.export(self.out, *FINAL)
 
     def export(self, out: Path, questions: int, seed: int) -> None:
         """Write the checkpoint, score it as a user would run it, and note both in its `training.json`."""
