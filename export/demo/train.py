@@ -45,13 +45,11 @@ class Stage:
 _LOOKUP = (({1: 1, 2: 2}, 56, 0.3), ({3: 2, 4: 3}, 92, 0.7))
 _DENSER = (({1: 1, 2: 1, 3: 1, 4: 1}, 128, 0.5), ({1: 1, 2: 1, 3: 1, 4: 1}, 320, 0.5))
 _WHOLE = (({1: 1, 2: 1, 3: 2, 4: 4}, 108, 0.5), ({1: 1, 2: 1, 3: 1, 4: 1}, 576, 0.5))
-_READ = (({1: 1, 2: 1, 3: 2, 4: 4}, 108, 0.6), ({1: 1, 3: 1, 4: 1}, 576, 0.4))
 STAGES = (
     Stage("tower", 2400, 1.5e-3, tower_stage),
     Stage("decoder", 1260, 1.5e-3, DecoderWork(_LOOKUP, early=0.5, tower=False, fresh=True), cooldown=0.0),
     Stage("joint", 600, 6e-4, DecoderWork(_DENSER, early=0.2, tower=True)),
     Stage("whole", 600, 2e-4, DecoderWork(_WHOLE, early=0.0, tower=True, dense=0.5), warmup=50, cooldown=0.9),
-    Stage("read", 480, 6e-4, DecoderWork(_READ, early=0.0, tower=False), warmup=30, cooldown=0.9),
 )
 
 
