@@ -47,6 +47,9 @@ class OnnxRuntimeCpu:
         self._ort = onnxruntime
         self.name = f"onnxruntime-{onnxruntime.__version__}-cpu"
         self._options = onnxruntime.SessionOptions()
+        # Each session has threads of its own. Left spinning after a run, they take the cores from the next segment's:
+        # on two cores everything was 2.5 times slower (docs/log.md).
+        self._options.add_session_config_entry("session.force_spinning_stop", "1")
         self._options.intra_op_num_threads = threads
         self._options.log_severity_level = 3  # errors; what they say reaches the user as an exception
 

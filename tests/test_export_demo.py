@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,16 @@ from tokprune.export.demo import scenes as s
 from tokprune.runtime.errors import UserError
 
 pytest.importorskip("sklearn", reason="scenes draw scikit-learn's digits")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One torch thread: where cores are shared, threads that spin for a second one cost three times the time."""
+    torch = pytest.importorskip("torch")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def a_scene(seed: int, digits: int) -> s.Scene:
@@ -162,6 +173,7 @@ class TestCheckpoint:
         assert int((inputs["input_ids"] == image).sum()) == 576
         assert int(inputs["input_ids"][0, 0]) == tokenizer.bos_token_id
 
+    @pytest.mark.usefixtures("one_thread")
     def test_answers_held_out_questions(self) -> None:
         """A floor far below the recorded score: 60 questions have a standard error of about 3 points."""
         pytest.importorskip("transformers")
@@ -173,6 +185,7 @@ class TestCheckpoint:
 class TestTraining:
     """The fast forward passes of training are the model's own."""
 
+    @pytest.mark.usefixtures("one_thread")
     def test_packed_questions_match_separate_ones(self) -> None:
         torch = pytest.importorskip("torch")
         transformers = pytest.importorskip("transformers")
