@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 OUT := demo-out
+# PyTorch's threads would spin while ONNX Runtime's work, and the other way round
+export OMP_WAIT_POLICY := PASSIVE
 
 .PHONY: demo test test-slow lint clean
 

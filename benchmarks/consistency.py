@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--method", nargs="+", default=["lofi", "random", "uniform"])
     parser.add_argument("--keep", nargs="+", type=int, default=[192, 128, 64, 32])
     parser.add_argument("--layer", nargs="+", type=int, default=[2])
-    parser.add_argument("--rank", nargs="+", default=["16"])
+    parser.add_argument("--rank", nargs="+", default=["8"])
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     data = options.work / f"questions-{options.questions}-{options.seed}"

@@ -13,7 +13,7 @@ from tokprune.runtime.manifest import ModelFacts
 from tokprune.runtime.plan import METHODS, Plan, Rank, make_plan, parse_keep, parse_rank, parse_stage
 
 # Chosen by measured consistency on the demo model (docs/consistency.md), not quoted from a paper.
-DEFAULT_LAYER, DEFAULT_KEEP, DEFAULT_RANK = 2, "64", "16"
+DEFAULT_LAYER, DEFAULT_KEEP, DEFAULT_RANK = 2, "64", "8"
 
 
 @click.command("export", epilog="Example: tokprune-export --method lofi --layer 2 --keep 64 --out bundle")

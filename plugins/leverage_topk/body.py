@@ -196,13 +196,15 @@ class _Body:
         # Elimination of [A | I] without pivoting: rows end as [DLᵀ | L⁻¹] where A = LDLᵀ.
         identity = add("Add", add("Mul", a, nodes.float32(0)), self._identity)  # one an image
         rows = add("Concat", a, identity, axis=2)  # [q, 2q]
+        finished = []
         for j in range(width - 1):
-            row, column = (add("Gather", rows, nodes.int64([j]), axis=axis) for axis in (1, 2))
+            row, rows = nodes.add_many("Split", 2, rows, nodes.int64([1, width - 1 - j]), axis=1)
+            finished.append(row)
             pivot = add("Gather", row, nodes.int64([j]), axis=2)
             pivot = add("Where", add("Greater", pivot, nodes.float32(_FLOOR)), pivot, nodes.float32(_HUGE))
-            below = nodes.constant((np.arange(width) > j).astype(np.float32)[None, :, None])
-            factors = add("Mul", add("Div", column, pivot), below)  # [q, 1]
+            factors = add("Div", add("Gather", rows, nodes.int64([j]), axis=2), pivot)  # [q - 1 - j, 1]
             rows = add("Sub", rows, add("Mul", factors, row))
+        rows = add("Concat", *finished, rows, axis=1)  # [q, 2q]
         diagonal, inverse = nodes.add_many("Split", 2, rows, nodes.int64([width, width]), axis=2)
         pivots = add("ReduceSum", add("Mul", diagonal, self._identity), nodes.int64([2]))  # [q, 1]
         inverse = add("Div", inverse, add("Sqrt", add("Max", pivots, nodes.float32(_FLOOR))))
