@@ -82,7 +82,8 @@ def decoder_flops(facts: ModelFacts, first: int, stop: int, rows: int, past: int
 def gram_flops(tokens: int, hidden: int, plan: Plan) -> int:
     """FLOPs of a selector's Gram product XXᵀ, X being [N, D]: 2·N²·D; 0 for methods that form none.
 
-    It is the largest term of ``lofi``, not all of it: the iteration on the N×N matrix is left out.
+    A stand-in of the right size where there is no bundle: what the selector's own graph multiplies, often without
+    forming XXᵀ, is counted when it is exported.
     """
     return 2 * tokens * tokens * hidden if plan.method == "lofi" else 0
 
