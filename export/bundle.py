@@ -1,4 +1,4 @@
-"""Writes a bundle so that it appears whole or not at all. Knows files and the manifest, no models."""
+"""Writes a bundle, or another directory, whole or not at all. Knows files and the manifest, no models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from tokprune.runtime import names
@@ -68,14 +68,15 @@ def _own(out: Path) -> set[str]:
 
 
 @contextlib.contextmanager
-def staged(out: Path) -> Iterator[Path]:
+def staged(out: Path, check: Callable[[Path], None] = check_out) -> Iterator[Path]:
     """Give a fresh directory beside ``out``; when the block ends well, it becomes ``out`` in one rename.
 
-    If the block fails or is interrupted, nothing of it stays, and a bundle that ``out`` was stays as it was;
-    what a killed process left is removed by the next one for the same ``out``.
+    What ``out`` may be before is for ``check`` to say, which raises UserError. If the block fails or is interrupted,
+    nothing of it stays, and what ``out`` was stays as it was; what a killed process left is removed by the next
+    one for the same ``out``.
     Raises UserError where the file system refuses: full, read-only, not permitted.
     """
-    check_out(out)
+    check(out)
     target = Path(os.path.realpath(out))  # of a symbolic link, what it points to is replaced
     stage = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
     with _refusals(out, _BARRED):

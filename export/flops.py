@@ -15,7 +15,15 @@ import sympy
 from tokprune.runtime import names
 from tokprune.runtime.manifest import FlopsTerm
 
-_AXES = (names.BATCH, names.SEQUENCE, names.PAST, names.LOGITS_COUNT, names.IMAGES, names.ROWS)
+_AXES = (
+    names.BATCH,
+    names.SEQUENCE,
+    names.PAST,
+    names.LOGITS_COUNT,
+    names.IMAGES,
+    names.ROWS,
+    names.TEXT_ROWS,
+)
 
 
 def count_flops(model: ir.Model) -> tuple[FlopsTerm, ...]:

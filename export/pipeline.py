@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 from collections.abc import Callable
 from pathlib import Path
 
 import onnx
+import onnx_ir as ir
 import torch
 import transformers
 from transformers import AttentionInterface
 
 from tokprune.export.bundle import describe_files, staged
 from tokprune.export.checkpoint import Checkpoint, load_model, load_processor
+from tokprune.export.lvpruning.modules import Modules, write_modules
 from tokprune.export.segments import ATTENTION, Decoder, EmbedTokens, VisionEncoder, attention
 from tokprune.export.selector import save_selector
 from tokprune.export.trace import save_segment, trace_decoder, trace_embed, trace_vision
 from tokprune.runtime import names
 from tokprune.runtime.bundle import sha256
+from tokprune.runtime.contract import FLOAT_TYPES
 from tokprune.runtime.manifest import SCHEMA, Manifest, SegmentFacts
 from tokprune.runtime.plan import Plan
 from tokprune.runtime.version import __version__
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
+Graphs = dict[tuple, ir.Model]  # traced segments, with their weights, by checkpoint, precision and what they compute
 
 
 def export(
@@ -32,17 +37,24 @@ def export(
     *,
     precision: str = "fp32",
     progress: Callable[[str], None] = lambda step: None,
+    graphs: Graphs | None = None,
+    modules: Modules | None = None,
 ) -> Manifest:
     """Write the bundle of ``checkpoint`` under ``plan`` to ``out``; ``progress`` hears each step's name.
 
-    The bundle appears whole or not at all. Raises UserError for a checkpoint or an ``out`` at fault.
+    The bundle appears whole or not at all. ``graphs`` may be shared by exports under several plans: what one has
+    traced, the next need not. ``modules`` belong to plans of lvpruning, which may keep other numbers of tokens than
+    those in training. Raises UserError for a checkpoint or an ``out`` at fault.
     """
+    _check_modules(plan, modules)
     with staged(out) as stage:
+        if modules is not None:
+            write_modules(stage, modules)
         progress("checkpoint")
         AttentionInterface.register(ATTENTION, attention)
         processor = load_processor(checkpoint)
         model = load_model(checkpoint, dtype=PRECISIONS[precision], attention=ATTENTION)
-        segments = _segments(model, checkpoint, plan, precision, stage, progress)
+        segments = _segments(model, checkpoint, plan, precision, stage, progress, graphs)
         del model
         progress("manifest")
         tokenizer = (checkpoint.path / names.TOKENIZER_FILE).read_bytes()
@@ -70,6 +82,13 @@ def export(
     return manifest
 
 
+def _check_modules(plan: Plan, modules: Modules | None) -> None:
+    wanted = (plan.module, [stage.layer for stage in plan.stages]) if plan.method == "lvpruning" else None
+    given = (modules.module, [stage.layer for stage in modules.stages]) if modules is not None else None
+    if given != wanted:
+        raise ValueError(f"the plan needs modules of {wanted}, given were {given}")
+
+
 def steps(plan: Plan, layers: int) -> int:
     """How many steps ``export`` reports to ``progress``."""
     return 2 + 2 + len(plan.stages) + len(list(plan.segments(layers)))
@@ -82,26 +101,34 @@ def _segments(
     precision: str,
     stage: Path,
     progress: Callable[[str], None],
+    graphs: Graphs | None,
 ) -> list[SegmentFacts]:
     facts, dtype = checkpoint.facts, PRECISIONS[precision]
+
+    def traced(key: tuple, trace: Callable[[], ir.Model]) -> ir.Model:
+        if graphs is None:
+            return trace()  # and let go of it: a large model's graph may hold weights of its own
+        key = (checkpoint.path, precision, *key)
+        if key not in graphs:
+            graphs[key] = trace()
+        return graphs[key]
+
     progress(names.VISION_ENCODER)
-    vision = trace_vision(VisionEncoder(model, facts.vision.layers), facts, dtype)
-    segments = [save_segment(vision, stage, names.VISION_ENCODER, None)]
+    encoder = VisionEncoder(model, facts.vision.layers)
+    graph = traced((names.VISION_ENCODER,), functools.partial(trace_vision, encoder, facts, dtype))
+    segments = [save_segment(graph, stage, names.VISION_ENCODER, None)]
     progress(names.EMBED_TOKENS)
-    segments.append(save_segment(trace_embed(EmbedTokens(model)), stage, names.EMBED_TOKENS, None))
-    tokens, grid = facts.vision.tokens, facts.vision.grid
+    graph = traced((names.EMBED_TOKENS,), functools.partial(trace_embed, EmbedTokens(model)))
+    segments.append(save_segment(graph, stage, names.EMBED_TOKENS, None))
     decoders = {index: (first, stop) for index, first, stop in plan.segments(facts.layers)}
     for index in range(len(plan.stages) + 1):
         if index in decoders:
             first, stop = decoders[index]
             progress(names.decoder(index))
-            graph = trace_decoder(Decoder(model, first, stop), facts, dtype)
+            decoder = Decoder(model, first, stop, last_row=plan.method == "fastv" and index < len(plan.stages))
+            graph = traced((first, stop, decoder.last_row), functools.partial(trace_decoder, decoder, facts, dtype))
             segments.append(save_segment(graph, stage, names.decoder(index), (first, stop)))
         if index < len(plan.stages):
             progress(names.select(index))
-            tensor_dtype = str(dtype).removeprefix("torch.")
-            segments.append(
-                save_selector(stage, index, plan, tokens, facts.hidden, tensor_dtype, grid if index == 0 else None)
-            )
-            tokens = plan.stages[index].keep
+            segments.append(save_selector(stage, index, plan, facts, FLOAT_TYPES[precision]))
     return segments

@@ -23,19 +23,36 @@ def attention(
     value: Tensor,
     attention_mask: Tensor | None,  # added to the weights; broadcasts to [B, H, S, P + S]
     scaling: float,
+    last_row: list[Tensor] | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Plain attention for tracing, registered with transformers under the name ``ATTENTION``.
 
-    The query is scaled before the product and the softmax runs in FP32: in FP16 neither overflows.
+    The query is scaled before the product and the softmax runs in FP32: in FP16 neither overflows. A list given as
+    ``last_row`` gets `_last_row` appended; transformers hands the argument through the layer to here.
     """
     groups = getattr(module, "num_key_value_groups", 1)
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    if last_row is not None:
+        last_row.append(_last_row(query, key, attention_mask, scaling))
     weights = torch.matmul(query * scaling, key.transpose(2, 3))
     if attention_mask is not None:
         weights = weights + attention_mask
     weights = weights.float().softmax(dim=-1).to(query.dtype)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), None  # [B, S, H, d]
+
+
+def _last_row(query: Tensor, key: Tensor, attention_mask: Tensor | None, scaling: float) -> Tensor:
+    """What the call's last row gives to each row of the call, [B, S] FP32: softmax over P + S keys, mean over heads.
+
+    Computed beside the attention, not read from its weights: an engine that fuses those away may still do so. The
+    last row is that of index S - 1, so a sequence that is padded has its padding on the left.
+    """
+    rows = query.shape[2]
+    weights = torch.matmul(query[:, :, -1:] * scaling, key.transpose(2, 3))  # [B, H, 1, P + S]
+    if attention_mask is not None:
+        weights = weights + attention_mask[:, :, -1:]
+    return weights.float().softmax(dim=-1).mean(dim=1)[:, 0, key.shape[2] - rows :]
 
 
 class VisionEncoder(nn.Module):
@@ -87,11 +104,13 @@ class Decoder(nn.Module):
 
     Inputs: hidden states [B, S, D], position_ids [B, S], attention_mask [B, P + S], logits_index [B, T]
     (with the head only), then past key and value of each layer, [B, H_kv, P, d].
-    Outputs: last_hidden_state [B, S, D] or logits [B, T, V] in FP32, then present keys and values.
+    Outputs: last_hidden_state [B, S, D] or logits [B, T, V] in FP32; with ``last_row`` the attention of the call's
+    last row in the last layer, [B, S] in FP32; then present keys and values.
     """
 
-    def __init__(self, model: LlavaForConditionalGeneration, first: int, stop: int) -> None:
+    def __init__(self, model: LlavaForConditionalGeneration, first: int, stop: int, *, last_row: bool = False) -> None:
         super().__init__()
+        self.last_row = last_row
         language = model.model.language_model
         self.first, self.has_head = first, stop == len(language.layers)
         self.layers = nn.ModuleList(language.layers[first:stop])
@@ -106,18 +125,21 @@ class Decoder(nn.Module):
         cache = _Cache(past, self.first)
         bias = _causal_bias(attention_mask, hidden)
         rotation = self.rotary(hidden, position_ids)
-        for layer in self.layers:
+        row: list[Tensor] = []
+        for number, layer in enumerate(self.layers, start=1):
+            is_asked = self.last_row and number == len(self.layers)
             hidden = layer(
                 hidden,
                 attention_mask=bias,
                 position_ids=position_ids,
                 past_key_values=cache,
                 position_embeddings=rotation,
+                last_row=row if is_asked else None,
             )
         if logits_index is not None:
             rows = logits_index.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
             hidden = self.head(self.norm(hidden.gather(1, rows))).float()
-        return hidden, *cache.present
+        return hidden, *row, *cache.present
 
 
 def _causal_bias(attention_mask: Tensor, hidden: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ is theirs.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -17,44 +18,27 @@ from onnx import TensorProto, helper
 from tokprune.export.flops import count_flops
 from tokprune.export.trace import OPSET
 from tokprune.plugins import grid
+from tokprune.plugins.cross_attention_topk import body as cross_attention
+from tokprune.plugins.cross_attention_topk.reference import WEIGHTS
+from tokprune.plugins.last_row import last_row_topk_nodes
 from tokprune.plugins.leverage_topk import body as leverage
-from tokprune.runtime import names
-from tokprune.runtime.manifest import SegmentFacts, TensorFacts
+from tokprune.runtime import contract, names
+from tokprune.runtime.manifest import ModelFacts, SegmentFacts, TensorFacts
 from tokprune.runtime.plan import Plan
 
 DOMAIN = "tokprune"
-_FLOATS = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
+_TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "int64": TensorProto.INT64}
 
 
-def save_selector(
-    directory: Path,
-    index: int,
-    plan: Plan,
-    tokens: int,
-    hidden: int,
-    dtype: str,
-    image_grid: tuple[int, int] | None,
-) -> SegmentFacts:
-    """Write ``select_{index}.onnx`` and return its manifest entry.
+def save_selector(directory: Path, index: int, plan: Plan, model: ModelFacts, dtype: str) -> SegmentFacts:
+    """Write ``select_{index}.onnx`` for states of ``dtype`` and return its manifest entry.
 
-    ``tokens`` is the number of visual rows an image has before this stage, ``hidden`` the width D, and
-    ``image_grid`` their (rows, columns) if they still are the image's whole grid, else None.
+    With method lvpruning, ``directory`` must hold the modules' ``names.MODULES_FILE``: the graph's weights are there.
     """
-    name = names.select(index)
-    inputs = [
-        TensorFacts(names.HIDDEN_STATES, (names.BATCH, names.SEQUENCE, hidden), dtype),
-        TensorFacts(names.POSITION_IDS, (names.BATCH, names.SEQUENCE), "int64"),
-        TensorFacts(names.VISUAL_INDEX, (names.IMAGES, tokens), "int64"),
-        TensorFacts(names.ROW_TEMPLATE, (names.BATCH, names.ROWS), "int64"),
-    ]
-    keep = plan.stages[index].keep
-    outputs = [
-        TensorFacts(names.KEPT_HIDDEN_STATES, (names.BATCH, names.ROWS, hidden), dtype),
-        TensorFacts(names.KEPT_POSITION_IDS, (names.BATCH, names.ROWS), "int64"),
-        TensorFacts(names.KEPT_INDICES, (names.IMAGES, keep), "int64"),
-        TensorFacts(names.SCORES, (names.IMAGES, tokens), "float32"),
-    ]
-    scoring, functions = _scoring(plan, index, tokens, hidden, image_grid)
+    agreed = contract.selector_contract(model, plan, index, dtype)
+    name, hidden = agreed.name, model.hidden
+    inputs, outputs = (_tensor_facts(tensors) for tensors in (agreed.inputs, agreed.outputs))
+    scoring, functions = _scoring(plan, index, model)
     graph = helper.make_graph(
         [*_visual_rows(hidden), *scoring, *_gather_rows()],
         name,
@@ -65,6 +49,7 @@ def save_selector(
             _int64("flat", [-1]),
             _int64("zero", 0),
             _int64("one", 1),
+            *(_module_weights(directory, index) if plan.method == "lvpruning" else []),
         ],
     )
     opsets = [helper.make_opsetid("", OPSET)] + [helper.make_opsetid(DOMAIN, 1)] * bool(functions)
@@ -85,11 +70,10 @@ def _visual_rows(hidden: int) -> list[onnx.NodeProto]:
     ]
 
 
-def _scoring(
-    plan: Plan, index: int, tokens: int, hidden: int, image_grid: tuple[int, int] | None
-) -> tuple[list[onnx.NodeProto], list[onnx.FunctionProto]]:
+def _scoring(plan: Plan, index: int, model: ModelFacts) -> tuple[list[onnx.NodeProto], list[onnx.FunctionProto]]:
     """Nodes from "visual_rows" to KEPT_INDICES and SCORES, and the functions that they call."""
-    keep = plan.stages[index].keep
+    keep, hidden = plan.stages[index].keep, model.hidden
+    tokens = plan.stages[index - 1].keep if index else model.vision.tokens
     outputs = (names.KEPT_INDICES, names.SCORES)
     if plan.method == "lofi":
         assert plan.rank is not None  # make_plan saw to it
@@ -97,12 +81,62 @@ def _scoring(
             "visual_rows", outputs, tokens, hidden, keep, rank=plan.rank.components, energy=plan.rank.energy
         )
         return [node], [function]
+    if plan.method == "fastv":
+        return last_row_topk_nodes(names.LAST_ROW_ATTENTION, names.VISUAL_INDEX, outputs, keep), []
+    if plan.method == "lvpruning":
+        assert plan.module is not None  # make_plan saw to it
+        node, function = cross_attention.cross_attention_topk(
+            "visual_rows",
+            "text_rows",
+            "text_valid",
+            [_module_weight(index, name) for name in WEIGHTS],
+            outputs,
+            keep,
+            width=plan.module.width,
+            heads=plan.module.heads,
+        )
+        return [*_text_rows(), node], [function]
     if plan.method == "uniform":
-        kept = grid.uniform_indices(image_grid, tokens, keep)
+        kept = grid.uniform_indices(None if index else model.vision.grid, tokens, keep)
         scores = np.isin(np.arange(tokens), kept).astype(np.float32)
     else:
         kept, scores = grid.random_indices(tokens, keep, plan.seed + index)
     return grid.constant_topk_nodes("visual_rows", outputs, kept, scores), []
+
+
+def _text_rows() -> list[onnx.NodeProto]:
+    """T [I, M, D] = rows TEXT_INDEX of the states, and which of them [I, M] are text; pads read row 0."""
+    return [
+        helper.make_node("GreaterOrEqual", [names.TEXT_INDEX, "zero"], ["text_valid"]),
+        helper.make_node("Max", [names.TEXT_INDEX, "zero"], ["text_slots"]),
+        helper.make_node("Gather", ["states", "text_slots"], ["text_rows"], axis=0),
+    ]
+
+
+def _module_weight(index: int, name: str) -> str:
+    """Name of a weight of stage ``index``'s module, in the modules' file and in the graph."""
+    return f"stages.{index}.{name}"
+
+
+def _module_weights(directory: Path, index: int) -> list[TensorProto]:
+    """Stage ``index``'s module as initializers that point into the modules' file: nothing is copied.
+
+    A safetensors file begins with the length of its header, 8 bytes little-endian, and the header, JSON;
+    "data_offsets" count from the header's end.
+    """
+    with open(directory / names.MODULES_FILE, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    tensors = []
+    for name in (_module_weight(index, weight) for weight in WEIGHTS):
+        begin, end = header[name]["data_offsets"]
+        tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=header[name]["shape"])
+        tensor.data_location = TensorProto.EXTERNAL
+        where = {"location": names.MODULES_FILE, "offset": 8 + length + begin, "length": end - begin}
+        for key, value in where.items():
+            tensor.external_data.add(key=key, value=str(value))
+        tensors.append(tensor)
+    return tensors
 
 
 def _gather_rows() -> list[onnx.NodeProto]:
@@ -121,8 +155,14 @@ def _gather_rows() -> list[onnx.NodeProto]:
 
 
 def _value_info(tensor: TensorFacts) -> onnx.ValueInfoProto:
-    kind = TensorProto.INT64 if tensor.dtype == "int64" else _FLOATS[tensor.dtype]
-    return helper.make_tensor_value_info(tensor.name, kind, tensor.shape)
+    return helper.make_tensor_value_info(tensor.name, _TYPES[tensor.dtype], tensor.shape)
+
+
+def _tensor_facts(tensors: contract.Tensors) -> list[TensorFacts]:
+    return [
+        TensorFacts(name, tuple(dim for dim in shape if dim is not None), dtype)
+        for name, (shape, dtype) in tensors.items()
+    ]
 
 
 def _int64(name: str, value: int | list[int]) -> TensorProto:

@@ -13,6 +13,7 @@ import numpy as np
 from transformers import LlavaForConditionalGeneration, ProcessorMixin
 
 from tokprune.export.checkpoint import Checkpoint
+from tokprune.export.lvpruning.modules import Modules
 from tokprune.export.reference import Reference, Selection
 from tokprune.runtime.chat import Model
 from tokprune.runtime.data import Sample
@@ -42,9 +43,11 @@ class Original:
         processor: ProcessorMixin,
         checkpoint: Checkpoint,
         max_new_tokens: int,
+        modules: Modules | None = None,
     ) -> None:
+        """``modules`` are those of the lvpruning plans that it is to answer under."""
         self._model, self._processor, self._checkpoint = model, processor, checkpoint
-        self._max_new_tokens = max_new_tokens
+        self._max_new_tokens, self._modules = max_new_tokens, modules
 
     def greedy(self, plan: Plan, sample: Sample, *, keep_hidden: bool = False) -> Greedy:
         """Answer ``sample`` under ``plan``; with ``keep_hidden`` the prefill's rows are kept, layer by layer."""
@@ -53,7 +56,7 @@ class Original:
         batch = self._processor(text=text, images=image, return_tensors="pt")
         answer = Greedy(batch["input_ids"][0].tolist())
         facts = self._checkpoint.facts
-        with Reference(self._model, facts, plan) as reference:
+        with Reference(self._model, facts, plan, self._modules) as reference:
             run, logits = reference.prefill(answer.ids, batch.get("pixel_values"), keep_hidden=keep_hidden)
             steps = [logits]
             while _goes_on(answer.tokens, logits, facts.eos_token_ids, self._max_new_tokens):

@@ -75,6 +75,8 @@ def trace_decoder(module: Decoder, facts: ModelFacts, dtype: torch.dtype) -> ir.
         ),
     ]
     outputs = [names.LOGITS if module.has_head else names.LAST_HIDDEN_STATE]
+    if module.last_row:
+        outputs.append(names.LAST_ROW_ATTENTION)
     if module.has_head:
         index = torch.zeros(batch, count, dtype=torch.int64)
         inputs.append(Input(names.LOGITS_INDEX, index, {0: names.BATCH, 1: names.LOGITS_COUNT}))

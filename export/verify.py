@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from tokprune.export.checkpoint import Checkpoint, load_model, load_processor
+from tokprune.export.lvpruning.modules import load_modules
 from tokprune.export.sides import Engine, Original
 from tokprune.runtime import flops, metrics, verification
 from tokprune.runtime.chat import Model
@@ -60,9 +61,10 @@ def verify(
             "configurations differ: give the checkpoint it was made from with --reference"
         )
     torch_model = load_model(checkpoint, dtype=torch.float32)
-    original = Original(torch_model, load_processor(checkpoint), checkpoint, max_new_tokens)
-    engine = Engine(model, max_new_tokens)
     plan = model.bundle.manifest.plan
+    modules = load_modules(model.bundle.path) if plan.method == "lvpruning" else None
+    original = Original(torch_model, load_processor(checkpoint), checkpoint, max_new_tokens, modules)
+    engine = Engine(model, max_new_tokens)
     outcomes = []
     for number, sample in enumerate(samples):
         spectrum = number < spectrum_samples and sample.image is not None
@@ -83,7 +85,7 @@ def _compare(original: Original, engine: Engine, plan: Plan, sample: Sample, *, 
     ids = engine.ids(sample)
     return Outcome(
         reference=engine.text(pruned.tokens),
-        parity=verification.parity_sample(logits, pruned.logits, sets),
+        parity=verification.parity_sample(logits, pruned.logits, sets, log_odds=plan.method == "lvpruning"),
         consistency=verification.ConsistencySample(
             full=engine.text(full.tokens),
             pruned=engine.text(tokens),

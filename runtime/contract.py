@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from tokprune.runtime import names
 from tokprune.runtime.errors import UserError
 from tokprune.runtime.manifest import Manifest, ModelFacts, SegmentFacts
-from tokprune.runtime.plan import make_plan
+from tokprune.runtime.plan import Plan, make_plan
 
 FLOAT_TYPES = {"fp32": "float32", "fp16": "float16"}  # by precision, of what flows between segments
 
@@ -60,13 +60,13 @@ def contracts(manifest: Manifest) -> Iterator[Contract]:
     decoders = {index: (first, stop) for index, first, stop in plan.segments(model.layers)}
     for index in range(len(plan.stages) + 1):
         if index in decoders:
-            yield _decoder(model, index, *decoders[index], dtype)
+            yield decoder_contract(model, plan, index, *decoders[index], dtype)
         if index < len(plan.stages):
-            yield _selector(model, index, tokens, plan.stages[index].keep, dtype)
-            tokens = plan.stages[index].keep
+            yield selector_contract(model, plan, index, dtype)
 
 
-def _decoder(model: ModelFacts, index: int, first: int, stop: int, dtype: str) -> Contract:
+def decoder_contract(model: ModelFacts, plan: Plan, index: int, first: int, stop: int, dtype: str) -> Contract:
+    """Of the decoder segment ``index`` with layers [first, stop)."""
     rows = (names.BATCH, names.SEQUENCE)
     has_head = stop == model.layers
     inputs: Tensors = {
@@ -75,6 +75,8 @@ def _decoder(model: ModelFacts, index: int, first: int, stop: int, dtype: str) -
         names.ATTENTION_MASK: ((names.BATCH, names.TOTAL), "int64"),
     }
     outputs: Tensors = {names.LAST_HIDDEN_STATE: ((*rows, model.hidden), dtype)}
+    if plan.method == "fastv":
+        outputs[names.LAST_ROW_ATTENTION] = (rows, "float32")
     if has_head:
         inputs[names.LOGITS_INDEX] = ((names.BATCH, names.LOGITS_COUNT), "int64")
         outputs = {names.LOGITS: ((names.BATCH, names.LOGITS_COUNT, model.vocabulary), "float32")}
@@ -86,24 +88,32 @@ def _decoder(model: ModelFacts, index: int, first: int, stop: int, dtype: str) -
     return Contract(names.decoder(index), (first, stop), inputs, outputs, axes)
 
 
-def _selector(model: ModelFacts, index: int, tokens: int, keep: int, dtype: str) -> Contract:
+def selector_contract(model: ModelFacts, plan: Plan, index: int, dtype: str) -> Contract:
+    """Of the selector of stage ``index``."""
     rows, kept = (names.BATCH, names.SEQUENCE), (names.BATCH, names.ROWS)
+    keep = plan.stages[index].keep
+    tokens = plan.stages[index - 1].keep if index else model.vision.tokens
+    inputs: Tensors = {
+        names.HIDDEN_STATES: ((*rows, model.hidden), dtype),
+        names.POSITION_IDS: (rows, "int64"),
+        names.VISUAL_INDEX: ((names.IMAGES, tokens), "int64"),
+        names.ROW_TEMPLATE: (kept, "int64"),
+    }
+    if plan.method == "lvpruning":
+        inputs[names.TEXT_INDEX] = ((names.IMAGES, names.TEXT_ROWS), "int64")
+    if plan.method == "fastv":
+        inputs[names.LAST_ROW_ATTENTION] = (rows, "float32")
     return Contract(
         names.select(index),
         None,
-        {
-            names.HIDDEN_STATES: ((*rows, model.hidden), dtype),
-            names.POSITION_IDS: (rows, "int64"),
-            names.VISUAL_INDEX: ((names.IMAGES, tokens), "int64"),
-            names.ROW_TEMPLATE: (kept, "int64"),
-        },
+        inputs,
         {
             names.KEPT_HIDDEN_STATES: ((*kept, model.hidden), dtype),
             names.KEPT_POSITION_IDS: (kept, "int64"),
             names.KEPT_INDICES: ((names.IMAGES, keep), "int64"),
             names.SCORES: ((names.IMAGES, tokens), "float32"),
         },
-        frozenset({*rows, names.ROWS, names.IMAGES}),
+        frozenset({*rows, names.ROWS, names.TEXT_ROWS, names.IMAGES}),
     )
 
 
@@ -118,12 +128,13 @@ def _faults(manifest: Manifest) -> Iterator[str]:
             visual_tokens=manifest.model.vision.tokens,
             rank=plan.rank,
             seed=plan.seed,
+            module=plan.module,
         )
     except UserError as error:
         yield str(error).partition(": ")[0]  # what is wrong; what to do is said by the caller
     else:
         if checked != plan:
-            yield f"its plan has a rank or a seed, which method '{plan.method}' has not"
+            yield f"its plan has a rank, a seed or a module, which method '{plan.method}' has not"
     if manifest.precision not in FLOAT_TYPES:
         yield f"its precision is '{manifest.precision}', not one of {', '.join(FLOAT_TYPES)}"
     if "model" not in manifest.source:
@@ -193,6 +204,8 @@ def _file_faults(manifest: Manifest) -> Iterator[str]:
             yield f"its file {file.path} has {file.size} bytes"
         if not re.fullmatch("[0-9a-f]{64}", file.sha256):
             yield f"its file {file.path} has no SHA-256"
-    for needed in [names.TOKENIZER_FILE, names.PREPROCESSOR_FILE, *(segment.file for segment in manifest.segments)]:
+    modules = [names.MODULES_FILE, names.MODULES_INFO_FILE] if manifest.plan.method == "lvpruning" else []
+    segments = [segment.file for segment in manifest.segments]
+    for needed in [names.TOKENIZER_FILE, names.PREPROCESSOR_FILE, *modules, *segments]:
         if needed not in listed:
             yield f"it does not list the file {needed}, which it needs"

@@ -12,11 +12,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tokprune.runtime import names
+from tokprune.runtime import leverage, names
 from tokprune.runtime.manifest import Manifest, ModelFacts, VisionFacts
-from tokprune.runtime.plan import Plan
-
-SelectorFlops = Callable[[int, int, Plan], int]  # (N visual tokens, D hidden, plan) -> FLOPs of one image
+from tokprune.runtime.plan import Module, Plan
 
 
 def _llava_15(name: str, layers: int, hidden: int, intermediate: int, heads: int) -> ModelFacts:
@@ -79,13 +77,35 @@ def decoder_flops(facts: ModelFacts, first: int, stop: int, rows: int, past: int
     return total
 
 
-def gram_flops(tokens: int, hidden: int, plan: Plan) -> int:
-    """FLOPs of a selector's Gram product XXᵀ, X being [N, D]: 2·N²·D; 0 for methods that form none.
+def attention_row_flops(facts: ModelFacts, rows: int, past: int) -> int:
+    """FLOPs of fastv's attention row, which each call of a decoder in front of a stage computes: q Kᵀ of one query."""
+    return 2 * facts.heads * facts.head_dim * (past + rows)
 
-    A stand-in of the right size where there is no bundle: what the selector's own graph multiplies, often without
-    forming XXᵀ, is counted when it is exported.
-    """
-    return 2 * tokens * tokens * hidden if plan.method == "lofi" else 0
+
+def module_flops(tokens: int, hidden: int, text_tokens: int, module: Module) -> int:
+    """FLOPs of one run of an lvpruning selector on one image's N visual ``tokens`` and M ``text_tokens``."""
+
+    def product(rows: int, inner: int, columns: int) -> int:
+        return 2 * rows * inner * columns if inner > 1 else 0  # where nothing is added up, nothing counts
+
+    width, text = module.width, text_tokens
+    total = product(tokens, hidden, width) + product(text, hidden, width)  # visual_proj and text_proj
+    total += (2 * tokens + 2 * text) * product(1, width, width)  # q and o; k and v
+    total += tokens * text * module.heads * product(1, width // module.heads, 1)  # QKᵀ
+    total += 2 * tokens * text * width  # PV, whose contraction M is open and counts even where it is 1
+    total += product(tokens, width, module.intermediate) + product(tokens, module.intermediate, width)  # up and down
+    return total + product(tokens, width, 2)  # head
+
+
+def selector_flops(facts: ModelFacts, plan: Plan, index: int, tokens: int, text_tokens: int) -> int:
+    """FLOPs of select_``index`` on one image, of which N visual ``tokens`` enter the stage beside ``text_tokens``."""
+    if plan.method == "lofi":
+        assert plan.rank is not None  # make_plan saw to it
+        return leverage.flops(tokens, facts.hidden, plan.rank.components)
+    if plan.method == "lvpruning":
+        assert plan.module is not None  # make_plan saw to it
+        return module_flops(tokens, facts.hidden, text_tokens, plan.module)
+    return 0  # fastv, random and uniform multiply nothing
 
 
 # --- a whole model ----------------------------------------------------------------------------------
@@ -114,13 +134,18 @@ class FlopsCounter:
         for index, kept_rows in enumerate(rows):
             if index:
                 name = names.select(index - 1)
-                counts[name] = self._run(name, rows=rows[index - 1], images=images, kept_rows=kept_rows)
+                counts[name] = self._run(
+                    name, rows=rows[index - 1], images=images, kept_rows=kept_rows, text_rows=text_tokens
+                )
             if names.decoder(index) in decoders:
                 counts[names.decoder(index)] = decoders[names.decoder(index)]
         return counts
 
     def unpruned_prefill(self, text_tokens: int, images: int = 1, logits_rows: int = 1) -> dict[str, int]:
-        """FLOPs of the same segments if no stage pruned: all rows in every decoder, and no selector."""
+        """FLOPs of the same segments if no stage pruned: all rows in every decoder, and no selector.
+
+        fastv's attention rows are part of its segments and counted here too: under a millionth of a 7B prefill.
+        """
         rows = self.rows(text_tokens, images)
         return self._prefill([rows[0]] * len(rows), images, logits_rows)
 
@@ -156,6 +181,7 @@ class FlopsCounter:
         past: int = 0,
         images: int = 0,
         kept_rows: int = 0,
+        text_rows: int = 0,
         logits_rows: int = 1,
     ) -> int:
         axes = {
@@ -165,23 +191,28 @@ class FlopsCounter:
             names.TOTAL: past + rows,
             names.IMAGES: images,
             names.ROWS: kept_rows,
+            names.TEXT_ROWS: text_rows,
             names.LOGITS_COUNT: logits_rows,
         }
         return self.segment(name, axes)
 
 
-def closed_form(facts: ModelFacts, plan: Plan, selector_flops: SelectorFlops = gram_flops) -> FlopsCounter:
-    """Count by the closed forms above; ``selector_flops`` gives one image's selection at one stage."""
+def closed_form(facts: ModelFacts, plan: Plan) -> FlopsCounter:
+    """Count by the closed forms above."""
     spans = {names.decoder(index): (first, stop) for index, first, stop in plan.segments(facts.layers)}
     tokens = [facts.vision.tokens, *(stage.keep for stage in plan.stages)]
-    selectors = {names.select(index): tokens[index] for index in range(len(plan.stages))}
+    selectors = {names.select(index): index for index in range(len(plan.stages))}
 
     def segment(name: str, axes: Mapping[str, int]) -> int:
         if name in spans:
             rows, past, logits_rows = axes[names.SEQUENCE], axes[names.PAST], axes[names.LOGITS_COUNT]
-            return decoder_flops(facts, *spans[name], rows, past, logits_rows)
+            total = decoder_flops(facts, *spans[name], rows, past, logits_rows)
+            if plan.method == "fastv" and spans[name][1] < facts.layers:
+                total += attention_row_flops(facts, rows, past)
+            return total
         if name in selectors:
-            return axes[names.IMAGES] * selector_flops(selectors[name], facts.hidden, plan)
+            index = selectors[name]
+            return axes[names.IMAGES] * selector_flops(facts, plan, index, tokens[index], axes[names.TEXT_ROWS])
         return vision_encoder_flops(facts, axes[names.IMAGES]) if name == names.VISION_ENCODER else 0
 
     return FlopsCounter(facts, plan, segment)

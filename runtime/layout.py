@@ -47,6 +47,11 @@ class Layout:
         visual = new_row[self.visual[:, :keep]].astype(np.int64).reshape(images, keep)
         return source[stays], Layout(int(stays.sum()), visual, self.origin[stays])
 
+    @property
+    def text(self) -> Rows:
+        """Rows [M] that hold text, wherever it stands."""
+        return np.flatnonzero(self.origin >= 0).astype(np.int64)
+
     def rows_of(self, text_rows: Rows) -> Rows:
         """Rows of this layout that hold the call's ``text_rows``. Raises ValueError if one is no text row."""
         where = np.full(int(self.origin.max(initial=-1)) + 1, -1, dtype=np.int64)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from tokprune.runtime.errors import UserError
 from tokprune.runtime.plan import Plan
 
-SCHEMA = 1
+SCHEMA = 2
 T = TypeVar("T")
 
 

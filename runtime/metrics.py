@@ -93,6 +93,42 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def average_ranks(values: ArrayLike) -> F64:
+    """Ranks of ``values`` [n] from 1; equal values share the mean of their ranks."""
+    _, place, counts = np.unique(np.asarray(values, dtype=np.float64), return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2)[place]
+
+
+def spearman(x: ArrayLike, y: ArrayLike) -> float:
+    """Spearman's ρ of pairs: Pearson's correlation of their average ranks.
+
+    It is NaN if x or y is all the same, or holds a NaN. Raises ValueError if the lengths differ.
+    """
+    if np.isnan(x).any() or np.isnan(y).any():
+        return math.nan
+    a, b = average_ranks(x), average_ranks(y)
+    if a.size != b.size:
+        raise ValueError(f"{a.size} and {b.size} values are no pairs")
+    a, b = a - a.mean(), b - b.mean()
+    scale = math.sqrt(float(a @ a) * float(b @ b))
+    return float(a @ b) / scale if scale else math.nan
+
+
+def spearman_interval(x: ArrayLike, y: ArrayLike) -> tuple[float, float]:
+    """Percentile bootstrap 95 % interval of Spearman's ρ, pairs drawn with replacement.
+
+    Resamples in which all values are equal have no ρ and are left out; NaN where ρ itself is.
+    """
+    a, b = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    if math.isnan(spearman(a, b)):
+        return math.nan, math.nan
+    generator = np.random.default_rng(SEED)
+    draws = (generator.integers(a.size, size=a.size) for _ in range(RESAMPLES))
+    low, high = np.nanpercentile([spearman(a[draw], b[draw]) for draw in draws], [2.5, 97.5])
+    return float(low), float(high)
+
+
 # --- logits -----------------------------------------------------------------------------------------
 
 
@@ -157,10 +193,11 @@ def kept_overlap(ours: ArrayLike, reference: ArrayLike) -> float:
     return float(np.isin(np.asarray(reference), np.asarray(ours)).mean())
 
 
-def kept_equal_margin(kept: ArrayLike, scores: ArrayLike, margin: float = MARGIN) -> bool:
+def kept_equal_margin(kept: ArrayLike, scores: ArrayLike, margin: float = MARGIN, *, log_odds: bool = False) -> bool:
     """Whether ``kept`` [k] is a right answer for the reference's ``scores`` [N], near-ties aside.
 
-    It is if no row left out outscores a row kept by more than ``margin`` times the k-th best score. False,
+    It is if no row left out outscores a row kept by more than ``margin`` times the k-th best score, or by more than
+    ``margin`` itself if scores are ``log_odds``, which may be negative: that is the same share of the odds. False,
     too, if ``kept`` is not ascending, repeats a row, or holds one whose score is NaN: dropped before.
     """
     values = np.asarray(scores, dtype=np.float64)
@@ -173,7 +210,7 @@ def kept_equal_margin(kept: ArrayLike, scores: ArrayLike, margin: float = MARGIN
     if np.isneginf(values[rows]).any() or not left_out.any():
         return not left_out.any()
     kth_best = np.sort(values)[-len(rows)]
-    allowed = margin * max(kth_best, NEGLIGIBLE * values.max())
+    allowed = margin if log_odds else margin * max(kth_best, NEGLIGIBLE * values.max())
     return bool(values[left_out].max() - values[rows].min() <= allowed)
 
 

@@ -2,7 +2,8 @@
 
 Shapes use these letters (all axes but N, K, D, heads and head_dim are dynamic):
 B batch, S rows of this call, P rows in the cache before it, R rows after selection, I images in the
-call, N visual tokens an image has left, K visual tokens kept, T positions whose logits are asked for,
+call, N visual tokens an image has left, K visual tokens kept, M text rows that go with an image (the longest
+sequence's), T positions whose logits are asked for,
 D hidden size, V vocabulary.
 """
 
@@ -19,11 +20,14 @@ HIDDEN_STATES = "hidden_states"  # [B, S, D]: what selectors and later decoders 
 LAST_HIDDEN_STATE = "last_hidden_state"  # [B, S, D]: what a decoder that is not the last one writes
 POSITION_IDS = "position_ids"  # [B, S] int64, of the unpruned sequence
 ATTENTION_MASK = "attention_mask"  # [B, P + S] int64, 1 = may be attended to
+# [B, S] float32: attention of the call's last row to its rows in the segment's last layer, mean over heads
+LAST_ROW_ATTENTION = "last_row_attention"  # fastv only
 LOGITS_INDEX = "logits_index"  # [B, T] int64, rows of this call that norm and lm_head run on
 LOGITS = "logits"  # [B, T, V] float32
 
 # selectors
 VISUAL_INDEX = "visual_index"  # [I, N] int64, rows of the flattened [B * S, D] states, ascending
+TEXT_INDEX = "text_index"  # [I, M] int64, flat rows of the text in the image's sequence, -1 pads; lvpruning only
 ROW_TEMPLATE = "row_template"  # [B, R] int64: e < B * S is that flat row, else kept slot e - B * S of [I * K]
 KEPT_HIDDEN_STATES = "kept_hidden_states"  # [B, R, D]
 KEPT_POSITION_IDS = "kept_position_ids"  # [B, R] int64
@@ -32,7 +36,7 @@ SCORES = "scores"  # [I, N] float32
 
 # axes, as they are named in the graphs and in the manifest
 BATCH, SEQUENCE, PAST, TOTAL = "batch", "sequence", "past_sequence", "total_sequence"
-IMAGES, ROWS, LOGITS_COUNT = "images", "rows", "logits_count"
+IMAGES, ROWS, TEXT_ROWS, LOGITS_COUNT = "images", "rows", "text_rows", "logits_count"
 
 VISION_ENCODER = "vision_encoder"
 EMBED_TOKENS = "embed_tokens"
@@ -40,6 +44,7 @@ EMBED_TOKENS = "embed_tokens"
 MANIFEST_FILE = "tokprune.json"
 TOKENIZER_FILE = "tokenizer.json"
 PREPROCESSOR_FILE = "preprocessor_config.json"
+MODULES_FILE, MODULES_INFO_FILE = "modules.safetensors", "modules.json"  # lvpruning only: the selectors' weights
 
 
 def decoder(index: int) -> str:

@@ -122,20 +122,24 @@ class Pipeline:
         layout = Layout.of(count, visual)
         wanted = np.array([row % count for row in logits_rows], dtype=np.int64)
         selections: list[tuple[int, Tensor, Tensor]] = []
-        logits = None
+        logits = attention = None
         stages = self.manifest.plan.stages
         done = 0  # stages behind us
         for index, name, _ in self._decoders:
             while done < index:
                 if len(visual):
-                    hidden, positions, layout, kept, scores = self._select(done, hidden, positions, layout, meter)
+                    rows = (hidden, positions, attention)
+                    hidden, positions, layout, kept, scores = self._select(done, rows, layout, meter)
                     selections.append((done, kept, scores))
                 done += 1
-            hidden, logits = self._decode(state, name, hidden, positions, layout, wanted, meter)
+            out = self._decode(state, name, hidden, positions, layout, wanted, meter)
+            hidden, logits, attention = (
+                out.get(key) for key in (names.LAST_HIDDEN_STATE, names.LOGITS, names.LAST_ROW_ATTENTION)
+            )
         state.position += count
         assert logits is not None  # the last decoder always has the head
         picked = [(stages[i].layer, self.backend.to_host(k), self.backend.to_host(s)) for i, k, s in selections]
-        return logits, _records(picked, len(visual), self.facts.vision.tokens)
+        return self.backend.to_host(logits)[0], _records(picked, len(visual), self.facts.vision.tokens)
 
     def _embed(self, ids: Sequence[int], visual: np.ndarray, features: np.ndarray | None, meter: Meter) -> Tensor:
         feeds = {names.INPUT_IDS: self.backend.to_device(np.asarray(ids, dtype=np.int64)[None])}
@@ -147,15 +151,18 @@ class Pipeline:
         return self.backend.to_device(embeds)
 
     def _select(
-        self, stage: int, hidden: Tensor, positions: Tensor, layout: Layout, meter: Meter
+        self, stage: int, rows: tuple[Tensor, Tensor, Tensor | None], layout: Layout, meter: Meter
     ) -> tuple[Tensor, Tensor, Layout, Tensor, Tensor]:
         template, after = layout.prune(self.manifest.plan.stages[stage].keep)
-        feeds = {
-            names.HIDDEN_STATES: hidden,
-            names.POSITION_IDS: positions,
-            names.VISUAL_INDEX: self.backend.to_device(layout.visual),
-            names.ROW_TEMPLATE: self.backend.to_device(template[None]),
+        at_hand = dict(zip((names.HIDDEN_STATES, names.POSITION_IDS, names.LAST_ROW_ATTENTION), rows, strict=True))
+        indices = {
+            names.VISUAL_INDEX: layout.visual,
+            names.ROW_TEMPLATE: template[None],
+            names.TEXT_INDEX: np.tile(layout.text, (len(layout.visual), 1)),
         }
+        # methods differ in what their selectors look at
+        wanted = [tensor.name for tensor in self.manifest.segment(names.select(stage)).inputs]
+        feeds = {name: self.backend.to_device(indices[name]) if name in indices else at_hand[name] for name in wanted}
         outputs = [names.KEPT_HIDDEN_STATES, names.KEPT_POSITION_IDS, names.KEPT_INDICES, names.SCORES]
         out = self._run(
             names.select(stage),
@@ -166,6 +173,7 @@ class Pipeline:
             sequence=layout.count,
             rows=after.count,
             images=len(layout.visual),
+            text_rows=len(layout.text),
         )
         kept_hidden, kept_positions, kept, scores = (out[name] for name in outputs)
         return kept_hidden, kept_positions, after, kept, scores
@@ -179,16 +187,16 @@ class Pipeline:
         layout: Layout,
         wanted: np.ndarray,
         meter: Meter,
-    ) -> tuple[Tensor, np.ndarray | None]:
+    ) -> dict[str, Tensor]:
+        """One decoder's outputs; those for its cache go to ``state``."""
         segment = self.manifest.segment(name)
         past = state.lengths[name]
-        has_head = segment.outputs[0].name == names.LOGITS
         feeds = {
             segment.inputs[0].name: hidden,
             names.POSITION_IDS: positions,
             names.ATTENTION_MASK: self.backend.to_device(np.ones((1, past + layout.count), dtype=np.int64)),
         }
-        if has_head:
+        if segment.outputs[0].name == names.LOGITS:
             feeds[names.LOGITS_INDEX] = self.backend.to_device(layout.rows_of(wanted)[None])
         cache_inputs = [tensor.name for tensor in segment.inputs if tensor.name in state.caches]
         feeds.update({cache: state.caches[cache] for cache in cache_inputs})
@@ -202,12 +210,12 @@ class Pipeline:
             past_sequence=past,
             logits_count=len(wanted),
         )
-        # outputs behind the first are the presents, in the order of the past inputs
-        for cache, tensor in zip(cache_inputs, segment.outputs[1:], strict=True):
-            state.caches[cache] = out[tensor.name]
+        # presents are in the order of the past inputs
+        presents = [tensor.name for tensor in segment.outputs if tensor.name.startswith("present.")]
+        for cache, present in zip(cache_inputs, presents, strict=True):
+            state.caches[cache] = out.pop(present)
         state.lengths[name] = past + layout.count
-        first = out[segment.outputs[0].name]
-        return (first, self.backend.to_host(first)[0]) if has_head else (first, None)
+        return out
 
     def _session(self, name: str) -> Session:
         if name not in self._sessions:

@@ -34,10 +34,12 @@ class ParitySample:
     kept_equal_margin: bool  # in every stage, by the margin rule
 
 
-def parity_sample(ours: ArrayLike, reference: ArrayLike, kept: Sequence[Kept]) -> ParitySample:
+def parity_sample(
+    ours: ArrayLike, reference: ArrayLike, kept: Sequence[Kept], *, log_odds: bool = False
+) -> ParitySample:
     """Compare logits [T, V], and the kept sets of each stage by ``metrics.kept_equal_margin``.
 
-    Raises ValueError if the shapes differ.
+    ``log_odds`` says that the scores are such: lvpruning's.     Raises ValueError if the shapes differ.
     """
     difference = metrics.max_abs_diff(ours, reference)
     same = metrics.top1_matches(ours, reference)
@@ -49,7 +51,7 @@ def parity_sample(ours: ArrayLike, reference: ArrayLike, kept: Sequence[Kept]) -
         first_divergence=None if same.all() else int(np.argmin(same)),
         kept_overlap=float(np.mean([metrics.kept_overlap(a, b) for a, b, _ in kept])) if kept else 1.0,
         kept_equal=all(np.array_equal(np.sort(a), np.sort(b)) for a, b, _ in kept),
-        kept_equal_margin=all(metrics.kept_equal_margin(a, scores) for a, _, scores in kept),
+        kept_equal_margin=all(metrics.kept_equal_margin(a, scores, log_odds=log_odds) for a, _, scores in kept),
     )
 
 

@@ -6,27 +6,54 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from tokprune.runtime.plan import Plan, Rank, make_plan
+from tokprune.runtime.plan import Module, Plan, Rank, Stage, make_plan
 
 LAYERS, TOKENS, CONTEXT = 3, 16, 128  # images of 56 pixels in patches of 14
+MODULE = Module(width=8, heads=2, intermediate=12)
 
 PLANS: dict[str, Plan] = {
     "none": Plan("none"),
     **{
-        key: make_plan(method, stages, layers=LAYERS, visual_tokens=TOKENS, rank=rank, seed=7)
+        key: make_plan(method, stages, layers=LAYERS, visual_tokens=TOKENS, rank=rank, seed=7, module=MODULE)
         for key, method, stages, rank in (
             ("random", "random", [(1, 5)], None),
             ("random-0", "random", [(0, 5)], None),
             ("random-2", "random", [(1, 9), (2, 4)], None),
             ("uniform", "uniform", [(1, 4)], None),
+            ("lvpruning", "lvpruning", [(1, 9), (2, 4)], None),
+            ("fastv", "fastv", [(1, 6)], None),
+            ("fastv-2", "fastv", [(1, 9), (2, 4)], None),
             ("lofi", "lofi", [(1, 6)], Rank(components=4)),
             ("lofi-energy", "lofi", [(1, 6)], Rank(energy=0.9)),
             ("lofi-2", "lofi", [(1, 9), (2, 4)], Rank(components=3)),
         )
     },
 }
+
+
+def random_modules(hidden: int, layers: int, tokens: int, stages: tuple[Stage, ...], sizes: Module):
+    """Modules as training would give them, their weights drawn: scores spread over some units."""
+    from tokprune.export.lvpruning.modules import Modules, weight_shapes
+
+    rng = np.random.default_rng(11)
+    weights = {}
+    for name, shape in weight_shapes(hidden, sizes, len(stages)).items():
+        drawn = rng.standard_normal(shape) * (shape[1] ** -0.5 if len(shape) == 2 else 0.3) + ("norm" in name)
+        weights[name] = drawn.astype(np.float32)
+    return Modules("tiny", hidden, layers, tokens, stages, sizes, weights, {"steps": 0})
+
+
+@pytest.fixture(scope="session")
+def tiny_modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Modules for the plan "lvpruning" of the tiny checkpoint, to be read only."""
+    from tokprune.export.lvpruning.modules import save_modules
+
+    path = tmp_path_factory.mktemp("modules") / "modules"
+    save_modules(path, random_modules(64, LAYERS, TOKENS, PLANS["lvpruning"].stages, MODULE))
+    return path
 
 
 @pytest.fixture(scope="session")
@@ -82,31 +109,21 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def tiny_bundle(
+    tiny_checkpoint: Path, tiny_modules: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
     """Gives the bundle of one of ``PLANS``, to be read only: copy it before changing anything."""
-    from tokprune.export import pipeline
     from tokprune.export.checkpoint import find_checkpoint
+    from tokprune.export.lvpruning.modules import load_modules
+    from tokprune.export.pipeline import Graphs, export
 
     folder = tmp_path_factory.mktemp("bundles")
-    graphs: dict[tuple, object] = {}
-
-    def traced_once(function: Callable) -> Callable:
-        """Plans share segments of the one model, and tracing one takes seconds."""
-
-        def trace(module, *args):
-            key = (function.__name__, getattr(module, "first", None), len(getattr(module, "layers", ())), *args)
-            if key not in graphs:
-                graphs[key] = function(module, *args)
-            return graphs[key]
-
-        return trace
+    graphs: Graphs = {}  # plans share segments of the one model, and tracing one takes seconds
 
     @functools.cache
     def bundle(plan: str) -> Path:
-        with pytest.MonkeyPatch.context() as patch:
-            for name in ("trace_vision", "trace_embed", "trace_decoder"):
-                patch.setattr(pipeline, name, traced_once(getattr(pipeline, name)))
-            pipeline.export(find_checkpoint(str(tiny_checkpoint)), PLANS[plan], folder / plan)
+        modules = load_modules(tiny_modules) if PLANS[plan].method == "lvpruning" else None
+        export(find_checkpoint(str(tiny_checkpoint)), PLANS[plan], folder / plan, graphs=graphs, modules=modules)
         return folder / plan
 
     return bundle

@@ -119,6 +119,15 @@ class TestDemoData:
         assert again.read_text().splitlines() == lines
         assert sorted(p.name for p in tmp_path.iterdir()) == ["again", "data"]
 
+    @pytest.mark.parametrize("held_out", [True, False])
+    def test_splits_share_no_handwriting(self, held_out: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked: list[bool] = []
+        glyphs = s._glyphs
+        monkeypatch.setattr(s, "_glyphs", lambda held_out: asked.append(held_out) or glyphs(held_out))
+        s.demo_data(3, tmp_path / "data", held_out=held_out)
+        assert set(asked) == {held_out}
+        assert not set(s.split_indices(True)) & set(s.split_indices(False))
+
     def test_refuses_a_directory_with_content(self, tmp_path: Path) -> None:
         (tmp_path / "mine.txt").write_text("keep")
         with pytest.raises(UserError, match="not empty"):

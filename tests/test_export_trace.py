@@ -31,6 +31,17 @@ def test_weights_are_written(tmp_path, weights):
     assert (tmp_path / "sum.data").read_bytes() == weights.tobytes()
 
 
+def test_a_graph_can_be_saved_again(tmp_path, weights):
+    """Exports may share traced graphs, under other names."""
+    shared = segment(weights)
+    for folder, name in (("first", "one"), ("second", "two"), ("third", "one")):
+        (tmp_path / folder).mkdir()
+        save_segment(shared, tmp_path / folder, name, None)
+    for file in ("one.onnx", "one.data"):
+        assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "third" / file).read_bytes()
+    assert (tmp_path / "second" / "two.data").read_bytes() == weights.tobytes()
+
+
 def test_end_of_weights_has_no_room(tmp_path, weights):
     """The last page alone does not fit, and the graph, which is small, would."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

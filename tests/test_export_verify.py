@@ -20,6 +20,7 @@ from tokprune.runtime import UserError, names
 from tokprune.runtime.bundle import sha256
 from tokprune.runtime.chat import load
 from tokprune.runtime.data import Sample
+from tokprune.runtime.pipeline import Meter
 from tokprune.runtime.plan import Plan, Rank, Stage
 
 
@@ -78,6 +79,26 @@ class TestReference:
         np.testing.assert_allclose(logits, expected, atol=1e-5)
         np.testing.assert_allclose(step, expected_step, atol=1e-5)
 
+    def test_fastv_scores_are_transformers_own_attention(self, checkpoint, torch_model):
+        """The weights that transformers' eager attention gives out in the layer before each stage."""
+        facts = checkpoint.facts
+        ids, pixels = prompt(facts)
+        plan = Plan("fastv", (Stage(1, 9), Stage(2, 4)))
+        with Reference(torch_model, facts, plan) as reference:
+            run, _ = reference.prefill(ids, pixels)
+        eager = load_model(checkpoint, dtype=torch.float32, attention="eager")
+        expected = eager_rows(eager, facts, ids, pixels, [selection.indices for selection in run.selections])
+        before = np.arange(facts.vision.tokens)
+        for selection, row, stage in zip(run.selections, expected, plan.stages, strict=True):
+            assert selection.layer == stage.layer
+            # float64 from what an FP32 model computed before the layer, against FP32
+            np.testing.assert_allclose(selection.scores[before], row, atol=1e-6, rtol=1e-4)
+            assert row.std() > 0.01  # else any other row would do
+            assert np.isnan(np.delete(selection.scores, before)).all()
+            best = np.argsort(-row, kind="stable")[: stage.keep]
+            np.testing.assert_array_equal(selection.indices, before[np.sort(best)])
+            before = selection.indices
+
     def test_hooks_end_with_the_context(self, checkpoint, torch_model):
         ids, pixels = prompt(checkpoint.facts)
         with torch.inference_mode():
@@ -92,6 +113,24 @@ class TestReference:
         eager = load_model(checkpoint, dtype=torch.float32, attention="eager")
         with pytest.raises(ValueError, match="sdpa"):
             Reference(eager, checkpoint.facts, Plan("none"))
+
+
+@torch.inference_mode()
+def eager_rows(model, facts, ids, pixels, kept):
+    """The last row's attention to the visual rows in layers 0 and 1, [N] and [n]; ``kept[0]`` enter layer 1."""
+    language = model.model.language_model
+    hidden = model(input_ids=torch.tensor([ids]), pixel_values=pixels, output_hidden_states=True).hidden_states
+    is_visual = np.array(ids) == facts.image_token_id
+    stays = ~is_visual
+    stays[np.flatnonzero(is_visual)[kept[0]]] = True
+    expected = []
+    for number, rows in ((0, np.arange(len(ids))), (1, np.flatnonzero(stays))):
+        layer, states = language.layers[number], hidden[number][:, rows]
+        mask = torch.full((len(rows), len(rows)), float("-inf")).triu(1)[None, None]
+        rotation = language.rotary_emb(states, torch.from_numpy(rows)[None])
+        weights = layer.self_attn(layer.input_layernorm(states), position_embeddings=rotation, attention_mask=mask)[1]
+        expected.append(weights[0, :, -1].mean(0).numpy()[is_visual[rows]])
+    return expected
 
 
 @torch.inference_mode()
@@ -122,7 +161,7 @@ def written_out(model, facts, ids, pixels, stages, kept):
 
 
 class TestVerify:
-    @pytest.mark.parametrize("key", ["none", "lofi", "uniform", "random-0", "lofi-2"])
+    @pytest.mark.parametrize("key", ["none", "lofi", "uniform", "random-0", "lofi-2", "fastv", "fastv-2", "lvpruning"])
     def test_engine_equals_pytorch_with_the_same_pruning(self, tiny_bundle, checkpoint, samples, key):
         model = load(tiny_bundle(key))
         result, outcomes = verify(model, checkpoint, samples, max_new_tokens=5, spectrum_samples=2)
@@ -140,6 +179,22 @@ class TestVerify:
             changed = [entry for entry in result["consistency"]["ipr"] if entry["full"] != entry["pruned"]]
             assert min(entry["layer"] for entry in changed) == model.bundle.manifest.plan.stages[0].layer
         assert outcomes[-1].parity.kept_overlap == 1.0  # no image, nothing pruned
+
+    def test_fastv_in_a_later_turn_scores_by_that_turns_last_row(self, tiny_bundle, checkpoint):
+        """The image comes behind four rows in the cache: the row covers them, the scores are the image's."""
+        facts, pipeline = checkpoint.facts, load(tiny_bundle("fastv")).pipeline
+        eager = load_model(checkpoint, dtype=torch.float32, attention="eager")
+        ids, pixels = prompt(facts)
+        state = pipeline.new_state()
+        pipeline.forward(state, [0, 9, 40, 41], Meter())
+        features = pipeline.encode_images(pixels.numpy(), Meter())
+        _, (pruned,) = pipeline.forward(state, ids, Meter(), image_features=features)
+        whole = [0, 9, 40, 41, *ids]
+        with torch.inference_mode():
+            weights = eager(input_ids=torch.tensor([whole]), pixel_values=pixels, output_attentions=True).attentions[0]
+        expected = weights[0, :, -1].mean(0).numpy()[np.array(whole) == facts.image_token_id]
+        np.testing.assert_allclose(pruned.scores, expected, atol=1e-6, rtol=1e-4)
+        np.testing.assert_array_equal(pruned.indices, np.sort(np.argsort(-expected, kind="stable")[:6]))
 
     def test_a_wrong_engine_does_not_pass(self, tiny_bundle, checkpoint, samples, tmp_path):
         """One weight of the last decoder is changed: parity must show it, consistency too."""

@@ -6,13 +6,17 @@ misses it.
 
 import numpy as np
 import onnx
+import onnx.inliner
+import onnx_ir as ir
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
+from tokprune.export.flops import count_flops
 from tokprune.plugins.leverage_topk import body, reference
 from tokprune.plugins.topk import top_k
-from tokprune.runtime import metrics
+from tokprune.runtime import leverage, metrics, names
+from tokprune.runtime.leverage import Settings
 
 ONNX_TYPES = {np.float16: TensorProto.FLOAT16, np.float32: TensorProto.FLOAT}
 TENSORRT_10_3 = {
@@ -33,23 +37,27 @@ def hidden_states(seed: int, n: int, d: int, dtype: type, decay: float = 1.0, ma
     return x.astype(dtype)
 
 
-def session(n: int, d: int, k: int, dtype: type = np.float32, **options) -> onnxruntime.InferenceSession:
+def model(n: int, d: int, k: int, dtype: type = np.float32, **options) -> onnx.ModelProto:
     node, function = body.leverage_topk("x", ("kept_indices", "scores"), n, d, k, **options)
     graph = helper.make_graph(
         [node],
         "select",
-        [helper.make_tensor_value_info("x", ONNX_TYPES[dtype], ["I", n, d])],
+        [helper.make_tensor_value_info("x", ONNX_TYPES[dtype], [names.IMAGES, n, d])],
         [
-            helper.make_tensor_value_info("kept_indices", TensorProto.INT64, ["I", k]),
-            helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["I", n]),
+            helper.make_tensor_value_info("kept_indices", TensorProto.INT64, [names.IMAGES, k]),
+            helper.make_tensor_value_info("scores", TensorProto.FLOAT, [names.IMAGES, n]),
         ],
     )
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid(body.DOMAIN, body.VERSION)]
-    model = helper.make_model(graph, functions=[function], opset_imports=opsets, ir_version=10)
-    onnx.checker.check_model(model, full_check=True)
+    return helper.make_model(graph, functions=[function], opset_imports=opsets, ir_version=10)
+
+
+def session(n: int, d: int, k: int, dtype: type = np.float32, **options) -> onnxruntime.InferenceSession:
+    made = model(n, d, k, dtype, **options)
+    onnx.checker.check_model(made, full_check=True)
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = 2
-    return onnxruntime.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(made.SerializeToString(), settings, providers=["CPUExecutionProvider"])
 
 
 def assert_matches(kept, scores, x, k, **options) -> None:
@@ -126,7 +134,7 @@ class TestBody:
     @pytest.mark.parametrize("energy", [0.5, 0.9, 0.99])
     def test_energy(self, energy):
         x = hidden_states(3, 100, 48, np.float32, massive=0)
-        kept, scores = session(100, 48, 20, energy=energy, max_rank=24).run(None, {"x": x[None]})
+        kept, scores = session(100, 48, 20, energy=energy, settings=Settings(max_rank=24)).run(None, {"x": x[None]})
         assert_matches(kept[0], scores[0], x, 20, energy=energy, max_rank=24)
 
     @pytest.mark.parametrize("case", ["zero rows", "duplicate rows", "low rank", "zero", "huge", "largest FP16"])
@@ -151,7 +159,7 @@ class TestBody:
         assert_matches(kept[0], scores[0], x, 20, rank=8)
 
     def test_only_operators_of_tensorrt_10_3_and_no_fp64(self):
-        for options in ({"rank": 8}, {"energy": 0.9, "max_rank": 8}):
+        for options in ({"rank": 8}, {"energy": 0.9, "settings": Settings(max_rank=8)}):
             for width in (40, 400):
                 function = body.leverage_topk_function(64, width, 20, **options)
                 assert {node.op_type for node in function.node} <= TENSORRT_10_3
@@ -178,3 +186,32 @@ class TestBody:
     def test_refuses_what_cannot_be(self, k, options, message):
         with pytest.raises(ValueError, match=message):
             body.leverage_topk_function(8, 8, k, **options)
+
+
+class TestFlops:
+    """The closed form against the graph, function inlined, as export counts it."""
+
+    @pytest.mark.parametrize(
+        ("n", "d", "options"),
+        [
+            (576, 160, {"rank": 8}),
+            (64, 160, {"rank": 16}),
+            (53, 37, {"rank": 1}),
+            (20, 400, {"rank": 7}),  # forms XXᵀ
+            (16, 48, {"energy": 0.9}),  # as wide as X has rows
+            (100, 96, {"energy": 0.5}),
+            (30, 1, {"rank": 1}),  # products over a single term count nothing
+            (40, 30, {"rank": 4, "settings": Settings(rounds=3, oversampling=5, purifications=2)}),
+        ],
+    )
+    def test_closed_form_is_what_the_graph_multiplies(self, n, d, options):
+        inlined = onnx.inliner.inline_local_functions(model(n, d, 10, **options))
+        inlined = onnx.shape_inference.infer_shapes(inlined, strict_mode=True, data_prop=True)
+        (term,) = count_flops(ir.from_proto(inlined))
+        assert term.powers == {names.IMAGES: 1}
+        assert leverage.flops(n, d, options.get("rank"), options.get("settings")) == term.coefficient
+
+    def test_both_ways_to_apply_the_gram_matrix_are_covered(self):
+        settings = Settings()
+        assert leverage.forms_gram(20, 400, 15, settings)
+        assert not leverage.forms_gram(576, 160, 16, settings)

@@ -9,12 +9,14 @@ from test_runtime_manifest import MANIFEST
 from tokprune.runtime.contract import check_manifest, contracts
 from tokprune.runtime.errors import UserError
 from tokprune.runtime.manifest import FileFacts, FlopsTerm, Manifest, SegmentFacts, TensorFacts
-from tokprune.runtime.plan import Plan, Rank, Stage
+from tokprune.runtime.plan import Module, Plan, Rank, Stage
 
 PLANS = {
     "none": Plan("none"),
     "one": Plan("random", (Stage(1, 6),), seed=4),
     "at 0": Plan("uniform", (Stage(0, 6),)),
+    "fastv": Plan("fastv", (Stage(1, 6), Stage(2, 3))),
+    "lvpruning": Plan("lvpruning", (Stage(1, 6), Stage(2, 3)), module=Module(8, 2, 12)),
     "two": Plan("lofi", (Stage(1, 6), Stage(2, 3)), Rank(components=5)),
 }
 
@@ -41,6 +43,8 @@ def manifest_of(plan: Plan, precision: str = "fp32") -> Manifest:
         for contract in contracts(bare)
     )
     paths = ["tokenizer.json", "preprocessor_config.json", *(segment.file for segment in segments)]
+    if plan.method == "lvpruning":
+        paths += ["modules.safetensors", "modules.json"]
     files = tuple(FileFacts(path, 1, "0" * 64) for path in paths)
     return dataclasses.replace(bare, segments=segments, files=files)
 
@@ -78,13 +82,32 @@ def test_tensors_follow_from_model_and_plan():
     assert decoder_2.outputs[0] == TensorFacts("logits", ("batch", "logits_count", 576), "float32")
 
 
+def test_fastv_hands_an_attention_row_from_decoder_to_selector():
+    _, _, decoder_0, select_0, decoder_1, select_1, decoder_2 = manifest_of(PLANS["fastv"], "fp16").segments
+    row = TensorFacts("last_row_attention", ("batch", "sequence"), "float32")
+    for decoder in (decoder_0, decoder_1):
+        assert decoder.outputs[0].name == "last_hidden_state"
+        assert decoder.outputs[1] == row
+    for selector in (select_0, select_1):
+        assert selector.inputs[-1] == row
+    assert row not in decoder_2.outputs
+
+
+def test_lvpruning_tells_selectors_where_the_text_is():
+    segments = manifest_of(PLANS["lvpruning"], "fp16").segments
+    text = TensorFacts("text_index", ("images", "text_rows"), "int64")
+    assert [segment.name for segment in segments if text in segment.inputs] == ["select_0", "select_1"]
+    assert segments[3].inputs[4] == text
+    assert not [segment.name for segment in manifest_of(PLANS["two"]).segments if text in segment.inputs]
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("plan", PLANS)
 def test_whole_manifests_pass(plan, precision):
     check_manifest(manifest_of(PLANS[plan], precision), "here")
 
 
-@pytest.mark.parametrize("plan", ["random", "random-0", "random-2"])
+@pytest.mark.parametrize("plan", ["random", "random-0", "random-2", "fastv-2", "lvpruning"])
 def test_exported_manifests_pass(tiny_bundle, plan):
     check_manifest(Manifest.from_json((tiny_bundle(plan) / "tokprune.json").read_text(), "here"), "here")
 
@@ -108,7 +131,7 @@ CONTRADICTIONS = {
     "keep": (lambda m: m["plan"]["stages"][1].update(keep=7), "keep 7 of 6"),
     "rank": (lambda m: m["plan"]["rank"].update(components=6), "rank 6"),
     "no rank": (lambda m: m["plan"].update(rank=None), "needs a rank"),
-    "seed of lofi": (lambda m: m["plan"].update(seed=3), "a rank or a seed"),
+    "seed of lofi": (lambda m: m["plan"].update(seed=3), "a rank, a seed or a module"),
     "negative seed": (lambda m: m["plan"].update(seed=-3), "seed -3"),
     "precision": (lambda m: m.update(precision="fp8"), "'fp8'"),
     "source": (lambda m: m.update(source={}), "names no model"),
@@ -161,6 +184,26 @@ def test_contradiction(kind):
     data = json.loads(manifest_of(PLANS["two"]).to_json())
     change(data)
     with pytest.raises(UserError, match=r"^here contradicts itself .*: export the bundle again$") as refusal:
+        check_manifest(Manifest.from_json(json.dumps(data), "here"), "here")
+    assert words in str(refusal.value)
+
+
+MODULE_CONTRADICTIONS = {
+    "no module": (lambda m: m["plan"].update(module=None), "needs trained modules"),
+    "heads": (lambda m: m["plan"]["module"].update(heads=3), "3 heads"),
+    "module of another method": (lambda m: m["plan"].update(method="uniform"), "a rank, a seed or a module"),
+    "weights not listed": (lambda m: m["files"].pop(-2), "modules.safetensors, which it needs"),
+    "facts of the weights not listed": (lambda m: m["files"].pop(-1), "modules.json, which it needs"),
+    "no text": (lambda m: m["segments"][3]["inputs"].pop(), "select_0 reads not"),
+}
+
+
+@pytest.mark.parametrize("kind", MODULE_CONTRADICTIONS)
+def test_contradiction_about_modules(kind):
+    change, words = MODULE_CONTRADICTIONS[kind]
+    data = json.loads(manifest_of(PLANS["lvpruning"]).to_json())
+    change(data)
+    with pytest.raises(UserError, match="contradicts itself") as refusal:
         check_manifest(Manifest.from_json(json.dumps(data), "here"), "here")
     assert words in str(refusal.value)
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 from click.testing import CliRunner
 
-from tokprune.runtime import flops, names
+from tokprune.runtime import flops, leverage, names
 from tokprune.runtime.bundle import open_bundle
 from tokprune.runtime.cli.flops import command
 from tokprune.runtime.errors import UserError
@@ -77,9 +77,9 @@ class TestClosedForm:
             "vision_encoder": flops.vision_encoder_flops(TINY),
             "embed_tokens": 0,
             "decoder_0": layer_products(6 + 16, 0),
-            "select_0": products((16, 48, 16)),
+            "select_0": leverage.flops(16, 48, 2),
             "decoder_1": 2 * layer_products(6 + 9, 0),
-            "select_1": products((9, 48, 9)),
+            "select_1": leverage.flops(9, 48, 2),
             "decoder_2": 2 * layer_products(6 + 4, 0) + products((1, 48, 101)),
         }
         assert list(counts) == [
@@ -101,7 +101,7 @@ class TestClosedForm:
     def test_images(self) -> None:
         counter = flops.closed_form(TINY, TWO_STAGES)
         assert counter.rows(6, images=2) == [38, 24, 14]
-        assert counter.prefill(6, images=2)["select_1"] == 2 * products((9, 48, 9))
+        assert counter.prefill(6, images=2)["select_1"] == 2 * leverage.flops(9, 48, 2)
         text_only = counter.prefill(6, images=0)
         assert list(text_only) == ["embed_tokens", "decoder_0", "decoder_1", "decoder_2"]
         assert text_only["decoder_1"] == 2 * layer_products(6, 0)
@@ -112,9 +112,15 @@ class TestClosedForm:
         assert counts["select_0"] == 0  # no product is needed for an even grid
         assert counts["decoder_1"] == 5 * layer_products(10, 0) + products((1, 48, 101))
 
-    def test_selector_of_ones_own(self) -> None:
-        counter = flops.closed_form(TINY, TWO_STAGES, lambda n, d, plan: 1000 * n + d + len(plan.stages))
-        assert counter.prefill(6)["select_1"] == 9050
+    def test_fastv_adds_a_row_to_the_decoders_in_front_of_a_stage(self) -> None:
+        counter = flops.closed_form(TINY, Plan("fastv", (Stage(1, 9), Stage(3, 4))))
+        head = products((1, 48, 101))
+        counts = counter.prefill(text_tokens=6)
+        assert counts["decoder_0"] == layer_products(22, 0) + 6 * products((1, 10, 22))
+        assert counts["decoder_1"] == 2 * layer_products(15, 0) + 6 * products((1, 10, 15))
+        assert counts["decoder_2"] == 2 * layer_products(10, 0) + head
+        step = layer_products(1, 25) + 2 * layer_products(1, 18) + 2 * layer_products(1, 13) + head
+        assert counter.decode(text_tokens=6, generated=3) == step + 6 * products((1, 10, 26), (1, 10, 19))
 
 
 def manifest() -> Manifest:
@@ -215,8 +221,8 @@ class TestCommand:
         tower = found["segments"]["vision_encoder"]
         rate = (found["prefill_tflops"] - tower) / (found["prefill_tflops_unpruned"] - tower)
         assert found["decoder_reduction"] == pytest.approx(1 - rate, rel=1e-12)
-        assert found["segments"]["select_0"] == 2 * 576**2 * 4096 / 1e12
-        assert found["selectors"] == "Gram product only"
+        assert found["segments"]["select_0"] == leverage.flops(576, 4096, 8) / 1e12
+        assert found["selectors"] == "in closed form"
 
     def test_without_a_stage_nothing_is_saved(self) -> None:
         found = run_json("--model", "7b")
@@ -227,10 +233,33 @@ class TestCommand:
     def test_layer_and_keep_are_one_stage(self) -> None:
         assert run_json("--layer", "2", "--keep", "0.25") == run_json("--stage", "2:144")
 
+    def test_rank(self) -> None:
+        def selector(*rank: str) -> float:
+            return run_json("--model", "7b", "--stage", "2:64", *rank)["segments"]["select_0"]
+
+        assert selector() == selector("--rank", "8") < selector("--rank", "16") < selector("--rank", "0.9")
+
     def test_demo_counts_the_shipped_config(self) -> None:
         found = run_json("--model", "demo", "--method", "uniform", "--stage", "2:64")
         assert found["segments"]["select_0"] == 0
         assert found["visual_tokens"] == 576
+
+    def test_fastv_costs_one_row_more_than_an_even_grid(self) -> None:
+        found, grid = (run_json("--model", "7b", "--method", m, "--stage", "2:64") for m in ("fastv", "uniform"))
+        more = found["prefill_tflops"] - grid["prefill_tflops"]
+        assert more * 1e12 == pytest.approx(2 * 4096 * 612, rel=1e-3)  # a difference of two rounded sums
+        assert found["segments"]["select_0"] == 0
+
+    def test_lvpruning_alone_saves_what_its_paper_says(self) -> None:
+        found = run_json("--model", "7b", "--method", "lvpruning")
+        assert found["text_tokens"] == 36
+        assert found["reduction"] == pytest.approx(0.621, abs=0.005)  # arXiv 2501.13652
+        assert found["stages"] == [{"layer": layer, "kept": kept} for layer, kept in ((1, 346), (8, 230), (16, 58))]
+
+    def test_a_method_alone_has_its_default_stages(self) -> None:
+        assert run_json("--model", "7b", "--method", "uniform") == run_json(
+            "--model", "7b", "--method", "uniform", "--stage", "2:64"
+        )
 
     def test_bundle_brings_its_plan(self, tiny_bundle) -> None:
         path = tiny_bundle("uniform")
@@ -245,7 +274,7 @@ class TestCommand:
     def test_table(self) -> None:
         result = CliRunner().invoke(command, ["--model", "7b", "--layer", "2", "--keep", "64"])
         lines = [line.split() for line in result.stdout.splitlines()]
-        assert ["select_0", "2.72", "GFLOP", "0.1", "%"] in lines
+        assert ["select_0", "1.29", "GFLOP", "0.1", "%"] in lines
         assert ["prefill,", "unpruned", "8.51", "TFLOP"] in lines
 
     @pytest.mark.parametrize(
@@ -257,7 +286,8 @@ class TestCommand:
             (["--model", "7b", "--stage", "2:577"], "asks to keep 577 of 576"),
             (["--model", "7b", "--layer", "2"], "--layer and --keep name one stage together"),
             (["--model", "7b", "--layer", "2", "--keep", "9", "--stage", "3:4"], "--stage was given beside"),
-            (["--model", "7b", "--method", "uniform"], "--method uniform was given without a stage"),
+            (["--model", "7b", "--rank", "4"], "--rank 4 was given without a stage"),
+            (["--model", "7b", "--stage", "2:9", "--method", "uniform", "--rank", "4"], "belongs to lofi only"),
             (["--model", "7b", "--text-tokens", "0"], "choose 1 to 3520"),
             (["--model", "7b", "--text-tokens", "3521"], "room for 4096 tokens"),
         ],

@@ -97,6 +97,22 @@ class TestForward:
         stages = pipeline.manifest.plan.stages
         assert [(p.layer, p.image, p.kept) for p in pruned] == [(s.layer, i, s.keep) for s in stages for i in range(2)]
 
+    def test_fastv_scores_both_images_by_the_one_last_row(self, tiny_bundle):
+        """Shares of one row, of which the text has the rest: together below one, not each image's."""
+        pipeline = load(tiny_bundle("fastv-2")).pipeline
+        facts, n = pipeline.facts, pipeline.facts.vision.tokens
+        features = np.random.default_rng(2).standard_normal((2, n, facts.hidden)).astype(np.float32)
+        ids = [0, *[facts.image_token_id] * n, 8, *[facts.image_token_id] * n, 9]
+        _, pruned = pipeline.forward(pipeline.new_state(), ids, Meter(), image_features=features)
+        assert [(p.layer, p.image, p.kept, p.total) for p in pruned] == [
+            (1, 0, 9, 16), (1, 1, 9, 16), (2, 0, 4, 9), (2, 1, 4, 9)
+        ]  # fmt: skip
+        for stage in (pruned[:2], pruned[2:]):
+            assert 0 < sum(p.scores.sum() for p in stage) < 1
+        for p in pruned:
+            best = p.candidates[np.argsort(-p.scores, kind="stable")[: p.kept]]
+            assert set(p.indices) == set(best)
+
     def test_later_stages_keep_a_subset(self, model, picture):
         chat = model.chat()
         list(chat.ask("What is this?", [picture], max_new_tokens=1))
@@ -146,6 +162,12 @@ class TestChat:
         record = pruning_record(model.pipeline, chat.last.pruned)
         assert record == {"applied": False, "reason": "the prompt has no image", "stages": []}
         assert "select_0" not in chat.last.prefill.ms
+
+    def test_fastv_runs_text_only_too(self, tiny_bundle):
+        fastv = load(tiny_bundle("fastv"))
+        chat, unpruned = fastv.chat(), load(tiny_bundle("none")).chat()
+        assert list(chat.ask("Hello?", max_new_tokens=3)) == list(unpruned.ask("Hello?", max_new_tokens=3))
+        assert pruning_record(fastv.pipeline, chat.last.pruned)["reason"] == "the prompt has no image"
 
     def test_unpruned_bundle_says_so(self, tiny_bundle, picture):
         unpruned = load(tiny_bundle("none"))

@@ -20,7 +20,7 @@ from tokprune.runtime.manifest import (
 from tokprune.runtime.plan import Plan, Rank, Stage
 
 MANIFEST = Manifest(
-    schema=1,
+    schema=2,
     tools={"tokprune": "0.1.0"},
     source={"model": "tïny"},
     model=ModelFacts(
@@ -55,9 +55,9 @@ MANIFEST = Manifest(
     files=(FileFacts("tokenizer.json", 23915, "ab" * 32),),
 )
 
-# What version 1 of the schema looks like: a change here is a change of the format, and needs a new version.
+# What version 2 of the schema looks like: a change here is a change of the format, and needs a new version.
 TEXT = """{
- "schema": 1,
+ "schema": 2,
  "tools": {
   "tokprune": "0.1.0"
  },
@@ -101,7 +101,8 @@ TEXT = """{
    "components": null,
    "energy": 0.9
   },
-  "seed": 0
+  "seed": 0,
+  "module": null
  },
  "precision": "fp32",
  "prompt": {
@@ -193,7 +194,7 @@ class TestReading:
 
     @pytest.mark.parametrize("schema", [0, SCHEMA + 1, -1, 1.0, True, "1", None, [1], {}])
     def test_schema(self, schema):
-        with pytest.raises(UserError, match=r"here has schema version .*, this tokprune reads version 1"):
+        with pytest.raises(UserError, match=r"here has schema version .*, this tokprune reads version 2"):
             Manifest.from_json(changed(lambda data: data.update(schema=schema)), "here")
 
     @pytest.mark.parametrize("text", ["[]", "3", "null", '"schema"', "{}"])

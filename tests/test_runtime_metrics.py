@@ -86,6 +86,46 @@ class TestStatistics:
             metrics.wilson_interval(0, 0)
 
 
+class TestCorrelation:
+    @pytest.mark.parametrize("levels", [3, 10, 1000])  # many ties, some, none or few
+    def test_spearman_is_scipys(self, levels: int) -> None:
+        stats = pytest.importorskip("scipy.stats")
+        x, noise = RNG.integers(levels, size=(2, 50))
+        for y in (noise, x + noise, -(x**3)):
+            expected = stats.spearmanr(x, y).statistic
+            assert metrics.spearman(x, y) == pytest.approx(expected, abs=1e-13)  # float64, 50 products
+
+    def test_average_ranks_by_hand(self) -> None:
+        assert metrics.average_ranks([5.0, 1.0, 5.0, math.inf, 5.0]).tolist() == [3, 1, 3, 5, 3]
+
+    def test_spearman_by_hand(self) -> None:
+        assert metrics.spearman([1, 2, 3, 4], [0.1, 1e3, 1e6, math.inf]) == pytest.approx(1)
+        assert metrics.spearman([1, 2, 3], [3, 1, 2]) == pytest.approx(
+            1 - 6 * (4 + 1 + 1) / (3 * 8)
+        )  # 1 − 6Σd²/n(n²−1)
+
+    @pytest.mark.parametrize("y", [[2.0, 2.0, 2.0], [1.0, math.nan, 2.0]])
+    def test_spearman_that_is_not_defined(self, y: list[float]) -> None:
+        assert math.isnan(metrics.spearman([1, 2, 3], y))
+        assert all(math.isnan(end) for end in metrics.spearman_interval([1, 2, 3], y))
+
+    def test_spearman_needs_pairs(self) -> None:
+        with pytest.raises(ValueError, match="3 and 2 values"):
+            metrics.spearman([1, 2, 3], [1, 2])
+
+    def test_interval_covers_the_true_correlation(self) -> None:
+        # of 20 such intervals 19 cover on average; 16 or fewer would, with Binomial(20, 0.95), once in 60 seeds
+        true = 6 / math.pi * math.asin(0.6 / 2)  # Spearman's ρ of a bivariate normal with Pearson's r = 0.6
+        generator = np.random.default_rng(3)
+        covered = 0
+        for _ in range(20):
+            a, b = generator.normal(size=(2, 60))
+            low, high = metrics.spearman_interval(a, 0.6 * a + 0.8 * b)
+            covered += low <= true <= high
+            assert 0.1 < high - low < 0.7  # about 2 · 1.96 · 0.1
+        assert covered >= 17
+
+
 class TestLogits:
     def test_kl_is_the_relative_entropy(self) -> None:
         special = pytest.importorskip("scipy.special")
@@ -156,6 +196,14 @@ class TestRepresentations:
         assert not metrics.kept_equal_margin([0, 0], scores)
         assert not metrics.kept_equal_margin([0, 5], scores)
         assert metrics.kept_equal_margin([0, 1, 2, 3, 4], scores)
+
+    def test_margin_of_log_odds_is_absolute(self) -> None:
+        scores = [-1.0, -3.0, -3.0 - 4e-4, -3.0 - 4e-3]  # negative, as where less than half is to be kept
+        assert not metrics.kept_equal_margin([0, 2], scores)  # the relative rule leaves negative scores no room
+        assert metrics.kept_equal_margin([0, 1], scores, log_odds=True)
+        assert metrics.kept_equal_margin([0, 2], scores, log_odds=True)
+        assert not metrics.kept_equal_margin([0, 3], scores, log_odds=True)
+        assert metrics.kept_equal_margin([1], [-1.0, 1e-9, 0.0], log_odds=True)  # a k-th best of zero
 
     def test_margin_with_dropped_rows(self) -> None:
         """A row that the stage before dropped has no score, and is never a right answer."""

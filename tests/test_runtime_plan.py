@@ -3,7 +3,18 @@
 import pytest
 
 from tokprune.runtime.errors import UserError
-from tokprune.runtime.plan import Plan, Rank, Stage, make_plan, parse_keep, parse_rank, parse_stage
+from tokprune.runtime.plan import (
+    Module,
+    Plan,
+    Rank,
+    Stage,
+    default_module,
+    lvpruning_stages,
+    make_plan,
+    parse_keep,
+    parse_rank,
+    parse_stage,
+)
 
 
 def plan(method="random", stages=((2, 64),), **options):
@@ -115,3 +126,34 @@ class TestOptions:
     def test_stage_refused(self, text):
         with pytest.raises(UserError):
             parse_stage(text, 576)
+
+
+class TestLvpruning:
+    @pytest.mark.parametrize(
+        ("layers", "stages"),
+        [
+            (32, [(1, 346), (8, 230), (16, 58)]),
+            (40, [(1, 346), (10, 230), (20, 58)]),
+            (8, [(1, 346), (2, 230), (4, 58)]),
+            (3, [(1, 230), (2, 58)]),  # the first two meet at layer 1
+            (2, [(1, 58)]),
+        ],
+    )
+    def test_default_stages_scale_with_depth(self, layers, stages):
+        assert lvpruning_stages(layers, 576) == stages
+        make_plan("lvpruning", stages, layers=layers, visual_tokens=576, module=Module(64, 2, 256))
+
+    @pytest.mark.parametrize("module", [None, Module(0, 1, 8), Module(64, 3, 8), Module(64, 2, 0), Module(64, 0, 8)])
+    def test_needs_modules_of_a_sane_size(self, module):
+        with pytest.raises(UserError, match="modules"):
+            make_plan("lvpruning", [(1, 9)], layers=4, visual_tokens=16, module=module)
+
+    @pytest.mark.parametrize("hidden", [64, 160, 1024, 4096, 5120])
+    def test_default_module_is_sane(self, hidden):
+        make_plan("lvpruning", [(1, 9)], layers=4, visual_tokens=16, module=default_module(hidden))
+
+
+def test_fastv_needs_a_layer_before():
+    make_plan("fastv", [(1, 9)], layers=4, visual_tokens=16)
+    with pytest.raises(UserError, match="layer 0 has none"):
+        make_plan("fastv", [(0, 9)], layers=4, visual_tokens=16)

@@ -13,9 +13,16 @@ import click
     "--out", type=click.Path(path_type=Path), required=True, help="Directory to write: images and data.jsonl."
 )
 @click.option("--seed", default=0, show_default=True, help="Another seed, other scenes.")
-def command(count: int, out: Path, seed: int) -> None:
-    """Draw scenes of held-out handwritten digits, with questions and answers, for the demo model."""
+@click.option(
+    "--split",
+    type=click.Choice(["held-out", "train"]),
+    default="held-out",
+    show_default=True,
+    help="Handwriting to draw from; train is augmented, and for 'tokprune train' only.",
+)
+def command(count: int, out: Path, seed: int, split: str) -> None:
+    """Draw scenes of handwritten digits, with questions and answers, for the demo model."""
     from tokprune.export.demo.scenes import demo_data
 
-    demo_data(count, out, seed)
+    demo_data(count, out, seed, held_out=split == "held-out")
     click.echo(f"{out / 'data.jsonl'}: {count} questions")

@@ -5,15 +5,27 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from tokprune.runtime.errors import UserError
 from tokprune.runtime.manifest import ModelFacts
-from tokprune.runtime.plan import METHODS, Plan, Rank, make_plan, parse_keep, parse_rank, parse_stage
+from tokprune.runtime.plan import (
+    DEFAULT_KEEP,
+    DEFAULT_LAYER,
+    DEFAULT_RANK,
+    METHODS,
+    Plan,
+    Rank,
+    make_plan,
+    parse_keep,
+    parse_rank,
+    parse_stage,
+)
 
-# Chosen by measured consistency on the demo model (docs/consistency.md), not quoted from a paper.
-DEFAULT_LAYER, DEFAULT_KEEP, DEFAULT_RANK = 2, "64", "8"
+if TYPE_CHECKING:
+    from tokprune.export.lvpruning.modules import Modules
 
 
 @click.command("export", epilog="Example: tokprune-export --method lofi --layer 2 --keep 64 --out bundle")
@@ -27,6 +39,12 @@ DEFAULT_LAYER, DEFAULT_KEEP, DEFAULT_RANK = 2, "64", "8"
 @click.option("--keep", help=f"Visual tokens kept: a count, or a fraction as 0.1. [default: {DEFAULT_KEEP}]")
 @click.option("--rank", help=f"lofi: components, or a fraction of the energy as 0.9. [default: {DEFAULT_RANK}]")
 @click.option("--stage", "stage_texts", multiple=True, metavar="L:K", help="Layer and keep; again for more stages.")
+@click.option(
+    "--modules",
+    "modules_dir",
+    type=click.Path(path_type=Path),
+    help="lvpruning: what 'tokprune train' wrote. Its stages are the default. [default: the demo model's own]",
+)
 @click.option("--seed", type=click.IntRange(min=0), help="random: seed of the draw. [default: 0]")
 @click.option("--precision", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="Bundle to write. [default: MODEL-METHOD]")
@@ -38,6 +56,7 @@ def command(
     keep: str | None,
     rank: str | None,
     stage_texts: tuple[str, ...],
+    modules_dir: Path | None,
     seed: int | None,
     precision: str,
     out: Path | None,
@@ -55,8 +74,17 @@ def command(
         raise UserError(f"--rank was given for method '{method}': it belongs to lofi only, drop it")
     if seed is not None and method != "random":
         raise UserError(f"--seed was given for method '{method}': it belongs to random only, drop it")
+    if modules_dir is not None and method != "lvpruning":
+        raise UserError(f"--modules was given for method '{method}': they belong to lvpruning only, drop it")
     checkpoint = find_checkpoint(model)
-    plan = _plan(checkpoint.facts, method, layer, keep, rank, stage_texts, seed or 0)
+    if method == "lvpruning":
+        if layer is not None or keep is not None:
+            raise UserError("method 'lvpruning' prunes at the layers of its modules: give --stage L:K to change a keep")
+        modules = _modules(checkpoint.facts, model, modules_dir)
+        plan = _plan_of_modules(checkpoint.facts, modules, stage_texts)
+    else:
+        modules = None
+        plan = _plan(checkpoint.facts, method, layer, keep, rank, stage_texts, seed or 0)
     out = out or Path(f"{Path(model).name}-{method}")
     check_out(out)
     total, done = steps(plan, checkpoint.facts.layers), 0
@@ -66,7 +94,7 @@ def command(
         done += 1
         _progress_line(f"[{done}/{total}] {step}")
 
-    manifest = export(checkpoint, plan, out, precision=precision, progress=progress)
+    manifest = export(checkpoint, plan, out, precision=precision, progress=progress, modules=modules)
     seconds = time.perf_counter() - begin
     size = sum(file.size for file in manifest.files)
     if as_json:
@@ -112,6 +140,41 @@ def _plan(
         stages = [(DEFAULT_LAYER if layer is None else layer, kept)]
     components: Rank | None = parse_rank(DEFAULT_RANK if rank is None else rank) if method == "lofi" else None
     return make_plan(method, stages, layers=facts.layers, visual_tokens=tokens, rank=components, seed=seed)
+
+
+def _modules(facts: ModelFacts, model: str, path: Path | None) -> Modules:
+    """The modules at ``path``, or for the demo model those that ship with it, if they fit the model."""
+    from tokprune.export import demo
+    from tokprune.export.checkpoint import DEMO
+    from tokprune.export.lvpruning.modules import check_fits, load_modules
+
+    if path is None and model == DEMO and demo.modules_dir().is_dir():
+        path = demo.modules_dir()
+    if path is None:
+        raise UserError(
+            "method 'lvpruning' needs modules trained for the model, and --modules was not given: "
+            "make them with 'tokprune train'"
+        )
+    modules = load_modules(path)
+    check_fits(modules, facts)
+    return modules
+
+
+def _plan_of_modules(facts: ModelFacts, modules: Modules, stage_texts: tuple[str, ...]) -> Plan:
+    tokens = facts.vision.tokens
+    trained = [(stage.layer, stage.keep) for stage in modules.stages]
+    stages = [parse_stage(text, tokens) for text in stage_texts] or trained
+    layers, trained_layers = ([layer for layer, _ in pairs] for pairs in (stages, trained))
+    if layers != trained_layers:
+        raise UserError(
+            f"stages at the layers {_listed(layers)} were asked for, the modules were trained for the layers "
+            f"{_listed(trained_layers)}: give --stage for each of these, in this order, or train others"
+        )
+    return make_plan("lvpruning", stages, layers=facts.layers, visual_tokens=tokens, module=modules.module)
+
+
+def _listed(layers: list[int]) -> str:
+    return ", ".join(map(str, layers))
 
 
 def _progress_line(text: str) -> None:

@@ -12,3 +12,8 @@ from pathlib import Path
 def checkpoint_dir() -> Path:
     """The directory of the shipped checkpoint."""
     return Path(__file__).resolve().parent / "checkpoint"
+
+
+def modules_dir() -> Path:
+    """The directory of the shipped modules for method lvpruning."""
+    return Path(__file__).resolve().parent / "modules"

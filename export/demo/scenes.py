@@ -284,19 +284,27 @@ def ask(scene: Scene, form: str, rng: np.random.Generator, present: bool = True)
 
 
 def held_out_questions(n: int, seed: int) -> Iterator[tuple[int, Scene, Question]]:
-    """`n` questions as (scene number, scene, question), forms in turn, up to three to a scene."""
+    """`questions` of the digits that no training has seen."""
+    return questions(n, seed, held_out=True)
+
+
+def questions(n: int, seed: int, held_out: bool) -> Iterator[tuple[int, Scene, Question]]:
+    """`n` questions as (scene number, scene, question), forms in turn, up to three to a scene.
+
+    Digits are bent and slanted for training.
+    """
     forms = list(FORMS)
     for number in range(-(-n // 3)):
         rng = np.random.default_rng([seed, number])
         wanted = [forms[k % len(forms)] for k in range(3 * number, min(n, 3 * number + 3))]
         fewest = 2 if {"highest", "leftmost"} & set(wanted) else 1
-        scene = make_scene(rng, held_out=True, digits=int(rng.integers(fewest, MAX_DIGITS + 1)))
+        scene = make_scene(rng, held_out, int(rng.integers(fewest, MAX_DIGITS + 1)), augment=not held_out)
         for form in wanted:
             yield number, scene, ask(scene, form, rng, present=number % 4 < 2)
 
 
-def demo_data(n: int, out: Path, seed: int = 0) -> Path:
-    """Write `n` held-out questions to `out/data.jsonl` with their images; returns that file.
+def demo_data(n: int, out: Path, seed: int = 0, held_out: bool = True) -> Path:
+    """Write `n` questions to `out/data.jsonl` with their images; returns that file.
 
     Lines are `{"image", "prompt", "answer", "form"}`, the image's path relative to `out`. The directory is written
     beside `out` and renamed when whole. UserError if `out` holds something already, or `n` is not positive.
@@ -312,7 +320,7 @@ def demo_data(n: int, out: Path, seed: int = 0) -> Path:
         (temporary / "images").mkdir(parents=True)
         with open(temporary / "data.jsonl", "w", encoding="utf-8") as lines:
             last = -1
-            for number, scene, question in held_out_questions(n, seed):
+            for number, scene, question in questions(n, seed, held_out):
                 image = f"images/{number:05d}.png"
                 if number != last:
                     Image.fromarray(scene.pixels).save(temporary / image, compress_level=3)

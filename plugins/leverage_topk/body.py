@@ -2,11 +2,13 @@
 
 Rank-r leverage without an SVD operator, in FP32, with fixed numbers of steps:
 
-1. Subspace iteration Q ← orth((XXᵀ − c)Q) from a fixed Gaussian start, a few columns wider than r. XXᵀ is
-   formed once if D is large against N, else applied as X(XᵀQ), which is both cheaper and more exact.
+1. Subspace iteration Q ← orth((XXᵀ − c)Q) from a fixed Gaussian start, a few columns wider than r; the shifts
+   c make the rounds a Chebyshev filter. XXᵀ is formed once if D is large against N, else applied as X(XᵀQ),
+   which is both cheaper and more exact.
 2. orth() is CholeskyQR *in column order*, by unrolled elimination: rows of massive activation grade the
    spectrum over many decades, and Gram-Schmidt order keeps small directions exact where symmetric
-   orthonormalisation (Newton-Schulz) would drown them in rounding.
+   orthonormalisation (Newton-Schulz) would drown them in rounding. Nodes cost more than arithmetic here, so
+   most rounds take only the leading columns, those that grade the spectrum, out of all others.
 3. Ritz step without an eigensolver: T = (XᵀQ)ᵀ(XᵀQ), and its spectral projector P onto the top r
    eigenvalues by SP2 purification (Niklasson, Phys. Rev. B 66, 155115, 2002). Then ℓ = rowsum(QP ∘ Q).
 
@@ -15,8 +17,8 @@ Only operators that TensorRT 10.3 has, no loop, no FP64. Knows no engine.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from onnx import FunctionProto, NodeProto, helper
@@ -24,29 +26,20 @@ from onnx import FunctionProto, NodeProto, helper
 from tokprune.plugins.leverage_topk.reference import RANK_TOLERANCE
 from tokprune.plugins.nodes import OPSET, Nodes
 from tokprune.plugins.topk import top_k_nodes
+from tokprune.runtime.leverage import Settings, forms_gram, is_full, subspace_width
 
 DOMAIN, OP_TYPE, VERSION = "tokprune", "LeverageTopK", 1
 ATTRIBUTES = ("k", "rank", "energy", "max_rank", "rounds", "oversampling", "purifications", "seed")
 
 _TINY = 1e-30  # keeps divisions finite where X = 0
-# Rounds after the random start in which columns come out nearly parallel: one pass leaves them far from
-# orthogonal, and Ritz values say nothing yet.
-_UNSETTLED = 2
 _HUGE = 1e30
 # On a unit diagonal, a pivot below this is rounding of FP32 products, and its column is not eliminated from
 # others. A shift of the diagonal, the usual mend, leaves its share of u_1 in every column, which the next
 # product multiplies by λ_1/λ_j: with gradings above 1e5 that diverges.
 _FLOOR = 5e-6
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How much work the iteration does. `benchmarks/leverage.py` compares others; attributes of the node."""
-
-    rounds: int = 8
-    oversampling: int = 16
-    purifications: int = 60
-    seed: int = 0
+# Columns taken out of all others in every round, before the full elimination if there is one. Those of massive
+# rows and the mean come first; what is left has products that FP32 can factor in one pass.
+_LEADING = 4
 
 
 def leverage_topk(
@@ -58,12 +51,11 @@ def leverage_topk(
     *,
     rank: int | None = None,
     energy: float | None = None,
-    max_rank: int = 64,
     settings: Settings | None = None,
 ) -> tuple[NodeProto, FunctionProto]:
     """The node that maps ``x`` [I, n, d] to ``outputs`` (kept_indices, scores), and the function it calls."""
-    node = leverage_topk_node(x, outputs, k, rank=rank, energy=energy, max_rank=max_rank, settings=settings)
-    function = leverage_topk_function(n, d, k, rank=rank, energy=energy, max_rank=max_rank, settings=settings)
+    node = leverage_topk_node(x, outputs, k, rank=rank, energy=energy, settings=settings)
+    function = leverage_topk_function(n, d, k, rank=rank, energy=energy, settings=settings)
     return node, function
 
 
@@ -74,7 +66,6 @@ def leverage_topk_node(
     *,
     rank: int | None = None,
     energy: float | None = None,
-    max_rank: int = 64,
     settings: Settings | None = None,
 ) -> NodeProto:
     """The node alone, as a plugin needs it: all attributes, absent rank or energy as 0."""
@@ -82,8 +73,8 @@ def leverage_topk_node(
         raise ValueError(f"give either rank or energy, not rank={rank} and energy={energy}")
     settings = settings or Settings()
     return helper.make_node(
-        OP_TYPE, [x], list(outputs), domain=DOMAIN, k=k, rank=rank or 0, energy=float(energy or 0), max_rank=max_rank,
-        rounds=settings.rounds, oversampling=settings.oversampling,
+        OP_TYPE, [x], list(outputs), domain=DOMAIN, k=k, rank=rank or 0, energy=float(energy or 0),
+        max_rank=settings.max_rank, rounds=settings.rounds, oversampling=settings.oversampling,
         purifications=settings.purifications, seed=settings.seed,
     )  # fmt: skip
 
@@ -95,7 +86,6 @@ def leverage_topk_function(
     *,
     rank: int | None = None,
     energy: float | None = None,
-    max_rank: int = 64,
     settings: Settings | None = None,
 ) -> FunctionProto:
     """The op for X [I, n, d], specialised to its shape and attributes: a model holds one such function.
@@ -111,9 +101,8 @@ def leverage_topk_function(
         raise ValueError(f"rank {rank} must be smaller than the number of rows {n}: at full rank all scores are 1")
     if energy and not 0 < energy < 1:
         raise ValueError(f"energy {energy} must lie between 0 and 1")
-    width = min((rank or max_rank) + settings.oversampling, n, d)
-    body = _Body(n, d, width, settings)
-    scores = body.scores(rank or min(max_rank, n - 1), energy)
+    body = _Body(n, d, subspace_width(n, d, rank, settings), settings)
+    scores = body.scores(rank or min(settings.max_rank, n - 1), energy)
     top_k_nodes(body.nodes, scores, k, "kept_indices")
     return helper.make_function(
         DOMAIN, OP_TYPE, ["X"], ["kept_indices", "scores"], body.nodes.protos,
@@ -131,28 +120,30 @@ class _Body:
         self._identity = self.nodes.constant(np.eye(width, dtype=np.float32)[None])  # [1, q, q]
         self._x = add("Cast", "X", to=Nodes.FLOAT)  # [n, d]
         self._xt = self._transposed(self._x)
-        both = self.nodes.int64([1, 2])
-        # Per apply: 4ndq against 2n²q, and 2n²d once for the product.
-        products = settings.rounds + 1
-        self._gram = None
-        if 4 * n * d * width * products > 2 * n * n * (d + width * products):
-            self._gram = add("MatMul", self._x, self._xt)  # [n, n]
-            diagonal = add("Mul", self._gram, self.nodes.constant(np.eye(n, dtype=np.float32)[None]))
-            trace = add("ReduceSum", diagonal, both)
-        else:
-            trace = add("ReduceSumSquare", self._x, both)
-        self._inverse_trace = add("Reciprocal", add("Max", trace, self.nodes.float32(_TINY)))  # [1, 1]
+        rows = add("ReduceSumSquare", self._x, self.nodes.int64([2]))  # [n, 1]
+        trace = add("Max", add("ReduceSum", rows, self.nodes.int64([1])), self.nodes.float32(_TINY))
+        self._inverse_trace = add("Reciprocal", trace)  # [1, 1]
+        zero = add("Mul", self._inverse_trace, self.nodes.float32(0))
+        self._identities = add("Add", zero, self._identity)  # [q, q], one an image
+        self._gram = add("MatMul", self._x, self._xt) if forms_gram(n, d, width, settings) else None  # [n, n]
+        # Rows of the start weigh less where those of X are longer: else all columns of XXᵀQ are nearly parallel
+        # where a few rows are massive, and one elimination leaves them far from orthogonal.
+        start = np.random.Generator(np.random.Philox(settings.seed)).standard_normal((n, width))
+        norms = add("Sqrt", add("Max", rows, self.nodes.float32(_TINY)))
+        self._start = add("Div", self.nodes.constant(start.astype(np.float32)[None]), norms)  # [n, q]
 
     def scores(self, rank: int, energy: float | None) -> str:
         """Nodes up to the output "scores" [n]; with ``energy``, ``rank`` is only the cap."""
-        add = self.nodes.add
-        start = np.random.Generator(np.random.Philox(self._settings.seed)).standard_normal((self._n, self._q))
-        q = self.nodes.constant(start.astype(np.float32)[None])
-        for turn in range(self._settings.rounds):
-            settled = turn >= _UNSETTLED
-            q = self._orthonormal(self._apply(q, shifted=settled))
-            if not settled or turn == self._settings.rounds - 1:
-                q = self._orthonormal(q)
+        add, rounds = self.nodes.add, self._settings.rounds
+        q = self._start
+        for turn in range(rounds):
+            # Chebyshev's nodes on [0, 1], ascending. The first round's quotients say nothing yet, and a subspace
+            # that is the whole space needs no filter.
+            filtered = turn and self._q < min(self._n, self._d)
+            shift = (1 - math.cos(math.pi * (turn - 0.5) / (rounds - 1))) / 2 if filtered else 0
+            q = self._eliminated(self._normalised(self._apply(q, shift), _TINY), min(_LEADING, self._q - 1))
+            if is_full(turn, self._settings):
+                q = self._eliminated(q, self._q - 1)
         projected = add("MatMul", self._xt, q)  # [d, q]
         t = add("Mul", add("MatMul", self._transposed(projected), projected), self._inverse_trace)
         t, target = self._target(t, rank, energy)
@@ -164,40 +155,44 @@ class _Body:
     def _transposed(self, matrix: str) -> str:
         return self.nodes.add("Transpose", matrix, perm=[0, 2, 1])
 
-    def _apply(self, q: str, shifted: bool) -> str:
-        """(XXᵀ / tr(XXᵀ) − c) q [n, q], c half the smallest Ritz value if ``shifted``, else 0.
+    def _apply(self, q: str, shift: float) -> str:
+        """(XXᵀ / tr(XXᵀ) − c) q [n, q] with c = ``shift`` times the least Rayleigh quotient of q's unit columns.
 
-        Unwanted eigenvalues lie in [0, λ_q]: centred about 0 they fade faster, by (λ_r − c) / (λ_q − c) a round.
+        Unwanted eigenvalues lie in [0, λ_q], which that quotient nears from above or below: shifts all over it make
+        them fade, against those above, as fast as any polynomial of that degree can.
         """
         add, nodes = self.nodes.add, self.nodes
         if self._gram is not None:
             y = add("Mul", add("MatMul", self._gram, q), self._inverse_trace)
-            ritz = add("ReduceSum", add("Mul", q, y), nodes.int64([1])) if shifted else ""  # [1, q]
+            left, right = q, y
         else:
-            projected = add("MatMul", self._xt, q)  # [d, q]
-            scaled = add("Mul", projected, self._inverse_trace)
-            y = add("MatMul", self._x, scaled)
-            ritz = add("ReduceSum", add("Mul", projected, scaled), nodes.int64([1])) if shifted else ""
-        if not shifted:
+            left = add("MatMul", self._xt, q)  # [d, q]
+            right = add("Mul", left, self._inverse_trace)
+            y = add("MatMul", self._x, right)
+        if not shift:
             return y
-        centre = add("Mul", add("ReduceMin", ritz, nodes.int64([2])), nodes.float32(0.5))
+        quotients = add("ReduceSum", add("Mul", left, right), nodes.int64([1]))  # [1, q]
+        centre = add("Mul", add("ReduceMin", quotients, nodes.int64([2])), nodes.float32(shift))
         return add("Sub", y, add("Mul", q, centre))
 
-    def _orthonormal(self, y: str) -> str:
-        """Columns of ``y`` [n, q], orthonormalised in their order.
+    def _normalised(self, y: str, floor: float) -> str:
+        """``y`` [n, q] with columns of unit norm, but for those whose squares sum to less than ``floor``."""
+        add, nodes = self.nodes.add, self.nodes
+        squares = add("ReduceSumSquare", y, nodes.int64([1]))  # [1, q]
+        return add("Div", y, add("Sqrt", add("Max", squares, nodes.float32(floor))))
 
-        Y S L⁻ᵀ D^-½ with S YᵀY S = LDLᵀ, where S scales columns to unit norm and L has a unit diagonal.
+    def _eliminated(self, y: str, columns: int) -> str:
+        """``y`` [n, q], of unit columns, with the first ``columns`` taken out of all later ones in turn; unit again.
+
+        It is Y L⁻ᵀ D^-½ with YᵀY = LDLᵀ, L having a unit diagonal; with fewer ``columns`` than q − 1 the
+        factorisation stops early, and the later columns are not orthogonal to each other.
         """
         add, nodes, width = self.nodes.add, self.nodes, self._q
         a = add("MatMul", self._transposed(y), y)  # [q, q]
-        squares = add("ReduceSum", add("Mul", a, self._identity), nodes.int64([1]))  # [1, q]
-        scale = add("Reciprocal", add("Sqrt", add("Max", squares, nodes.float32(_TINY))))
-        a = add("Mul", add("Mul", a, scale), self._transposed(scale))
         # Elimination of [A | I] without pivoting: rows end as [DLᵀ | L⁻¹] where A = LDLᵀ.
-        identity = add("Add", add("Mul", a, nodes.float32(0)), self._identity)  # one an image
-        rows = add("Concat", a, identity, axis=2)  # [q, 2q]
+        rows = add("Concat", a, self._identities, axis=2)  # [q, 2q]
         finished = []
-        for j in range(width - 1):
+        for j in range(columns):
             row, rows = nodes.add_many("Split", 2, rows, nodes.int64([1, width - 1 - j]), axis=1)
             finished.append(row)
             pivot = add("Gather", row, nodes.int64([j]), axis=2)
@@ -205,10 +200,8 @@ class _Body:
             factors = add("Div", add("Gather", rows, nodes.int64([j]), axis=2), pivot)  # [q - 1 - j, 1]
             rows = add("Sub", rows, add("Mul", factors, row))
         rows = add("Concat", *finished, rows, axis=1)  # [q, 2q]
-        diagonal, inverse = nodes.add_many("Split", 2, rows, nodes.int64([width, width]), axis=2)
-        pivots = add("ReduceSum", add("Mul", diagonal, self._identity), nodes.int64([2]))  # [q, 1]
-        inverse = add("Div", inverse, add("Sqrt", add("Max", pivots, nodes.float32(_FLOOR))))
-        return add("MatMul", y, self._transposed(add("Mul", inverse, scale)))
+        _, inverse = nodes.add_many("Split", 2, rows, nodes.int64([width, width]), axis=2)
+        return self._normalised(add("MatMul", y, self._transposed(inverse)), _FLOOR)
 
     def _target(self, t: str, rank: int, energy: float | None) -> tuple[str, str]:
         """T without the directions that are rounding noise, and the rank [1, 1] its projector shall have."""
@@ -234,13 +227,15 @@ class _Body:
         tr X > target alone would, once converged, feed rounding errors the map that doubles them.
         """
         add, nodes = self.nodes.add, self.nodes
-        both = nodes.int64([1, 2])
         bound = add("ReduceMax", add("ReduceSum", add("Abs", t), nodes.int64([1])), nodes.int64([2]))
         x = add("Div", t, add("Max", bound, nodes.float32(_TINY)))
         for _ in range(self._settings.purifications):
             square = add("MatMul", x, x)
-            trace = add("ReduceSum", add("Mul", x, self._identity), both)
-            excess, shrinkage = add("Sub", trace, target), add("Sub", trace, add("ReduceSumSquare", x, both))
-            lower = add("Greater", add("Mul", excess, shrinkage), nodes.float32(0))
-            x = add("Where", lower, square, add("Add", x, add("Sub", x, square)))
+            difference = add("Sub", x, square)
+            excess = add("Sub", self._trace(x), target)
+            lower = add("Greater", add("Mul", excess, self._trace(difference)), nodes.float32(0))
+            x = add("Where", lower, square, add("Add", x, difference))
         return x
+
+    def _trace(self, matrix: str) -> str:
+        return self.nodes.add("ReduceSum", self.nodes.add("Mul", matrix, self._identity), self.nodes.int64([1, 2]))

@@ -21,6 +21,7 @@ VERBS = {  # verb: (module with ``command``, help in the list of verbs)
         "tokprune.export.cli.export",
         "Export a checkpoint to a bundle, split where tokens are pruned.",
     ),
+    "train": ("tokprune.export.cli.train", "Train LVPruning's modules, which choose tokens by the question."),
     "run": ("tokprune.runtime.cli.run", "Answer a question about an image."),
     "verify": ("tokprune.export.cli.verify", "Compare a bundle with PyTorch: parity and consistency."),
     "bench": (
@@ -28,7 +29,7 @@ VERBS = {  # verb: (module with ``command``, help in the list of verbs)
         "Time segments, and the share of the theoretical saving realised.",
     ),
     "flops": ("tokprune.runtime.cli.flops", "Count FLOPs of a model under a pruning plan."),
-    "demo-data": ("tokprune.export.cli.demo_data", "Draw held-out scenes and questions for the demo model."),
+    "demo-data": ("tokprune.export.cli.demo_data", "Draw scenes and questions for the demo model."),
     "doctor": ("tokprune.runtime.cli.doctor", "Say what this machine can run."),
 }
 

@@ -13,11 +13,29 @@ from tokprune.runtime.bundle import read_manifest
 from tokprune.runtime.config import model_facts
 from tokprune.runtime.errors import UserError
 from tokprune.runtime.manifest import Manifest, ModelFacts
-from tokprune.runtime.plan import Plan, Rank, make_plan, parse_keep, parse_stage
+from tokprune.runtime.plan import (
+    DEFAULT_KEEP,
+    DEFAULT_LAYER,
+    DEFAULT_RANK,
+    METHODS,
+    Plan,
+    default_module,
+    lvpruning_stages,
+    make_plan,
+    parse_keep,
+    parse_rank,
+    parse_stage,
+)
 
 PRESETS = {"7b": flops.SEVEN_B, "13b": flops.THIRTEEN_B}
 TEXT_TOKENS = 36  # with 576 visual tokens n = 612, which FastV's published table assumes
-SELECTORS_CLOSED = {"lofi": "Gram product only", "random": "no products", "uniform": "no products"}
+SELECTORS_CLOSED = {
+    "lofi": "in closed form",
+    "lvpruning": "in closed form",
+    "fastv": "no products: the attention row is the decoder's",
+    "random": "no products",
+    "uniform": "no products",
+}
 
 
 @click.command(
@@ -31,9 +49,10 @@ SELECTORS_CLOSED = {"lofi": "Gram product only", "random": "no products", "unifo
 @click.option("--keep", metavar="K", help="With --layer: visual tokens kept, or a fraction of them, as 0.25.")
 @click.option(
     "--method",
-    type=click.Choice(("lofi", "random", "uniform")),
-    help="What selects, lofi if not given; only lofi multiplies matrices for it.",
+    type=click.Choice([method for method in METHODS if method != "none"]),
+    help="What selects, lofi if not given; alone, with its default stages.",
 )
+@click.option("--rank", help=f"lofi: components, or a fraction of the energy as 0.9. [default: {DEFAULT_RANK}]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
     model: str,
@@ -42,11 +61,12 @@ def command(
     layer: int | None,
     keep: str | None,
     method: str | None,
+    rank: str | None,
     as_json: bool,
 ) -> None:
     """Count the FLOPs of a model under a pruning plan.
 
-    Without --stage, --layer and --keep a bundle is counted with its own plan, any other model unpruned.
+    Without --method, --stage, --layer and --keep a bundle is counted with its own plan, any other model unpruned.
     """
     manifest = read_bundle(model)
     facts = read_model(model) if manifest is None else manifest.model
@@ -63,13 +83,19 @@ def command(
             f"--text-tokens {text_tokens} was asked for, but {facts.name} has room for "
             f"{facts.context} tokens, {visual} of them visual: choose 1 to {facts.context - visual}"
         )
-    if method is not None and not pairs:
-        raise UserError(f"--method {method} was given without a stage to use it at: add --stage L:K")
+    if method == "lvpruning" and not pairs:
+        pairs = lvpruning_stages(facts.layers, visual)
+    elif method is not None and not pairs:
+        pairs = [(DEFAULT_LAYER, parse_keep(DEFAULT_KEEP, visual))]
+    if rank is not None and not pairs:
+        raise UserError(f"--rank {rank} was given without a stage to use it at: add --stage L:K")
     if pairs:
         method = method or "lofi"
-        # no rank is asked for, since the Gram product is the same for every one
-        rank = Rank(energy=0.9) if method == "lofi" else None
-        plan = make_plan(method, pairs, layers=facts.layers, visual_tokens=visual, rank=rank)
+        if rank is not None and method != "lofi":
+            raise UserError(f"--rank was given for method '{method}': it belongs to lofi only, drop it")
+        asked = parse_rank(rank or DEFAULT_RANK) if method == "lofi" else None
+        module = default_module(facts.hidden) if method == "lvpruning" else None
+        plan = make_plan(method, pairs, layers=facts.layers, visual_tokens=visual, rank=asked, module=module)
         result = flops.summary(flops.closed_form(facts, plan), text_tokens, SELECTORS_CLOSED[method])
     elif manifest is not None:
         result = flops.summary(flops.from_manifest(manifest), text_tokens, "counted from the graph")

@@ -1,0 +1,1 @@
+"""The consistency study in parts: its grid, its measurements, their statistics, tables and plots."""

@@ -1,0 +1,127 @@
+"""The frozen base model with modules between its layers. Knows tensors and layers; knows no data file and no optimizer.
+
+Before the decoder layer of each stage a module scores the visual rows; what is decided on its logits weighs on the
+attention to these rows in all layers from there on (see `attention`). Rows are never removed here, since what is
+dropped needs a gradient too.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as checkpointed
+from transformers import LlavaForConditionalGeneration, ProcessorMixin
+
+from tokprune.export.lvpruning.attention import ATTENTION, log_keep
+from tokprune.export.lvpruning.batch import Batch
+from tokprune.export.segments import VisionEncoder
+from tokprune.runtime.manifest import ModelFacts
+from tokprune.runtime.preprocess import load_image
+
+FEATURE_BYTES = 512 << 20  # image features kept in memory, on the base's device
+
+# decides on a stage's logits [I, N, 2] float32: [I, N] float32 of 0 and 1, differentiable or not
+Decide = Callable[[int, Tensor], Tensor]
+
+
+class ImageFeatures:
+    """Tower and projector, image by image: an image's features are the same whatever batch it is in."""
+
+    def __init__(self, model: LlavaForConditionalGeneration, processor: ProcessorMixin, facts: ModelFacts) -> None:
+        self._encoder = VisionEncoder(model, facts.vision.layers)
+        self._processor = processor.image_processor
+        self._like = model.lm_head.weight  # device and dtype
+        self._kept: OrderedDict[Path, Tensor] = OrderedDict()  # the least recently used first
+        self._bytes = 0
+
+    @torch.no_grad()
+    def __call__(self, path: Path) -> Tensor:
+        """Features [N, D] of the image file. Raises UserError as `load_image` does."""
+        if path in self._kept:
+            self._kept.move_to_end(path)
+            return self._kept[path]
+        pixels = self._processor(images=load_image(path), return_tensors="pt")["pixel_values"]
+        features = self._encoder(pixels.to(self._like))[0]
+        self._kept[path] = features
+        self._bytes += features.nbytes
+        while self._bytes > FEATURE_BYTES and len(self._kept) > 1:
+            self._bytes -= self._kept.popitem(last=False)[1].nbytes
+        return features
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a batch gave: logits [T, V] float32 at its predicting rows, and [I, N] of each stage's decisions so far."""
+
+    logits: Tensor
+    kept: list[Tensor]
+
+
+class Base:
+    """A LLaVA-1.5 whose weights get no gradient, run layer by layer with one module a stage."""
+
+    def __init__(
+        self,
+        model: LlavaForConditionalGeneration,
+        processor: ProcessorMixin,
+        facts: ModelFacts,
+        layers: Sequence[int],
+        *,
+        checkpointing: bool = False,
+    ) -> None:
+        """``layers`` ascending: before which decoder layers the stages are. ``model`` is loaded with sdpa.
+
+        With ``checkpointing`` a layer's inner activations are computed again for the gradient, not kept.
+        """
+        model.requires_grad_(False)
+        self._language, self._head = model.model.language_model, model.lm_head
+        self._language.config._attn_implementation = ATTENTION
+        self._stages = {layer: index for index, layer in enumerate(layers)}
+        self._features = ImageFeatures(model, processor, facts)
+        self._checkpointing = checkpointing
+
+    def __call__(self, batch: Batch, modules: nn.ModuleList, decide: Decide) -> Outcome:
+        """Run ``batch``, already on the base's device, through the stages that ``decide`` decides on.
+
+        A row that an earlier stage dropped stays dropped: decisions are multiplied.
+        """
+        hidden = self._embed(batch)  # [B, S, D]
+        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
+        rotation = self._language.rotary_emb(hidden, positions)
+        columns: Tensor | None = None
+        kept: list[Tensor] = []
+        for number, layer in enumerate(self._language.layers):
+            if number in self._stages:
+                stage = self._stages[number]
+                decisions = decide(stage, self._score(modules[stage], batch, hidden))
+                kept.append(decisions * kept[-1] if kept else decisions)
+                columns = self._columns(batch, kept[-1])
+            if self._checkpointing and columns is not None and torch.is_grad_enabled():
+                hidden = checkpointed(layer, hidden, position_embeddings=rotation, columns=columns, use_reentrant=False)
+            else:
+                hidden = layer(hidden, position_embeddings=rotation, columns=columns)
+        rows = hidden.flatten(0, 1)[batch.predicting]
+        return Outcome(self._head(self._language.norm(rows)).float(), kept)
+
+    def _embed(self, batch: Batch) -> Tensor:
+        hidden = self._language.embed_tokens(batch.ids)
+        features = torch.cat([self._features(image) for image in batch.images])  # [I · N, D]
+        hidden.view(-1, hidden.shape[-1])[batch.visual.flatten()] = features
+        return hidden
+
+    @staticmethod
+    def _score(module: nn.Module, batch: Batch, hidden: Tensor) -> Tensor:
+        """[I, N, 2]: the module sees each image with the text of its sequence, the answer's rows never."""
+        rows = hidden.flatten(0, 1)
+        return module(rows[batch.visual], rows[batch.text[batch.owner]], batch.text_valid[batch.owner])
+
+    @staticmethod
+    def _columns(batch: Batch, kept: Tensor) -> Tensor:
+        """[B, S] float32: log(d + eps) at visual rows, 0 at text."""
+        flat = torch.zeros(batch.ids.numel(), device=kept.device)
+        return flat.index_copy(0, batch.visual.flatten(), log_keep(kept).flatten()).view(batch.ids.shape)

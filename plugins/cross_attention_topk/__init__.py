@@ -1,0 +1,1 @@
+"""CrossAttentionTopK: LVPruning's module scores visual rows by what the text asks, the k best are kept."""
