@@ -39,7 +39,7 @@ def parity_sample(
 ) -> ParitySample:
     """Compare logits [T, V], and the kept sets of each stage by ``metrics.kept_equal_margin``.
 
-    ``log_odds`` says that the scores are such: lvpruning's.     Raises ValueError if the shapes differ.
+    ``log_odds`` says that the scores are such: lvpruning's. Raises ValueError if the shapes differ.
     """
     difference = metrics.max_abs_diff(ours, reference)
     same = metrics.top1_matches(ours, reference)

@@ -14,7 +14,7 @@ from tokprune.runtime.plan import Plan, lvpruning_stages, make_plan, parse_rank,
 
 TRAINING_FREE = ("lofi", "fastv", "random", "uniform")
 RANK = "8"  # the default of tokprune-export
-SINGLES = {0: (192, 64, 16), 1: (192, 64, 32, 16), 2: (64, 16), 4: (16,)}  # keeps of one-stage plans by layer
+SINGLES = {0: (64, 16), 1: (64, 32, 16), 2: (64, 16), 4: (16,)}  # keeps of one-stage plans by layer
 
 
 @dataclass(frozen=True)
@@ -82,5 +82,5 @@ def default_grid(facts: ModelFacts) -> list[str]:
             if method != "fastv" or not text.startswith("0:"):  # fastv scores by the layer before
                 grid.append(f"{method}-{text}" + {"lofi": f"-r{RANK}", "random": "-s0"}.get(method, ""))
     grid += [f"lofi-1:16-r{rank}" for rank in (4, 16, 32)]
-    grid += [f"random-{text}-s{seed}" for text in ("0:64", "1:16", three) for seed in (1, 2)]
+    grid += [f"random-{text}-s{seed}" for text in ("0:64", "1:16") for seed in (1, 2)]
     return grid
