@@ -19,7 +19,7 @@ from study import analysis, grid, plots, tables
 from study.measure import Study
 from threadpoolctl import threadpool_limits
 
-from tokprune.export.demo import modules_dir
+from tokprune.export.demo import MODULES, modules_dir
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     study = Study(options.model, options.work, options.questions, options.seed)
     facts = study.checkpoint.facts
     configurations = [grid.named(name, facts) for name in options.config or grid.default_grid(facts)]
-    shipped = [modules_dir()] if options.model == "demo" and modules_dir().exists() else []
+    shipped = [modules_dir(name) for name in MODULES] if options.model == "demo" else []
     for directory in shipped if options.modules is None else options.modules:
         configurations += grid.trained(directory, facts)
     labels = [f"[{number}/{len(configurations)}] {c.name}" for number, c in enumerate(configurations, 1)]

@@ -404,7 +404,7 @@ BUNDLES = {
     "longer": (truncate("decoder_1.data", 10_000_000), ["decoder_1.data", "10000000 bytes"]),
     "altered": (flip_a_byte("decoder_1.data"), ["decoder_1.data", "altered"]),
     "altered graph": (flip_a_byte("decoder_1.onnx"), ["decoder_1.onnx", "altered"]),
-    "schema 2": (edit_manifest(lambda data: data.update(schema=2)), ["schema version 2", "version 1"]),
+    "schema 3": (edit_manifest(lambda data: data.update(schema=3)), ["schema version 3", "version 2"]),
     "schema true": (edit_manifest(lambda data: data.update(schema=True)), ["schema version True"]),
     "no schema": (edit_manifest(lambda data: data.pop("schema")), ["schema version None"]),
     "manifest cut": (truncate("tokprune.json", 1000), ["not valid JSON"]),

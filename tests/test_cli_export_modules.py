@@ -9,9 +9,10 @@ from conftest import MODULE, random_modules
 from test_cli_bad_input import Result, call, edit_manifest  # noqa: F401  (call is a fixture)
 
 from tokprune.export import demo
-from tokprune.export.lvpruning.modules import load_modules, save_modules
+from tokprune.export.checkpoint import find_checkpoint
+from tokprune.export.lvpruning.modules import check_fits, load_modules, save_modules
 from tokprune.runtime.bundle import open_bundle
-from tokprune.runtime.plan import Stage
+from tokprune.runtime.plan import Stage, lvpruning_stages
 
 
 @pytest.fixture
@@ -71,9 +72,14 @@ def test_demo_has_modules_of_its_own(call, monkeypatch, tmp_path):  # noqa: F811
     call("export", "--method", "lvpruning", "--out", "bundle").refused("hidden size is 8", "demo")
 
 
-def test_demo_without_modules(call, monkeypatch, tmp_path):  # noqa: F811
-    monkeypatch.setattr(demo, "modules_dir", lambda: tmp_path / "nowhere")
-    call("export", "--method", "lvpruning", "--out", "bundle").refused("--modules was not given")
+@pytest.mark.parametrize("name", demo.MODULES)
+def test_shipped_modules_fit_the_demo_model(name):
+    facts = find_checkpoint("demo").facts
+    modules = load_modules(demo.modules_dir(name))
+    check_fits(modules, facts)
+    if name == "default":
+        stages = [(stage.layer, stage.keep) for stage in modules.stages]
+        assert stages == lvpruning_stages(facts.layers, facts.vision.tokens)
 
 
 def broken(change):

@@ -55,8 +55,9 @@ def test_wheel_holds_every_file(wheel):
         f"tokprune/{path.relative_to(ROOT).as_posix()}"
         for folder in FOLDERS
         for path in (ROOT / folder).rglob("*")
-        if path.suffix == ".py" or path.parent.name == "checkpoint"
+        if path.suffix in (".py", ".safetensors") or path.parent.name == "checkpoint"
     }
+    assert "tokprune/export/demo/modules/default/modules.safetensors" in wanted
     assert "tokprune/export/demo/checkpoint/model.safetensors" in wanted
     assert wanted - names == set()
     assert {name.split("/")[0] for name in names if "dist-info" not in name} == {"tokprune"}

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     "--modules",
     "modules_dir",
     type=click.Path(path_type=Path),
-    help="lvpruning: what 'tokprune train' wrote. Its stages are the default. [default: the demo model's own]",
+    help="lvpruning: what 'tokprune train' wrote; its stages are the default. [default for demo: shipped]",
 )
 @click.option("--seed", type=click.IntRange(min=0), help="random: seed of the draw. [default: 0]")
 @click.option("--precision", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True)
@@ -148,7 +148,7 @@ def _modules(facts: ModelFacts, model: str, path: Path | None) -> Modules:
     from tokprune.export.checkpoint import DEMO
     from tokprune.export.lvpruning.modules import check_fits, load_modules
 
-    if path is None and model == DEMO and demo.modules_dir().is_dir():
+    if path is None and model == DEMO:
         path = demo.modules_dir()
     if path is None:
         raise UserError(

@@ -1,6 +1,7 @@
 """The demo model: a small LLaVA-1.5 of our own, trained on scenes of handwritten digits.
 
-`checkpoint/` is an ordinary Hugging Face checkpoint directory that ships as package data. This
+`checkpoint/` is an ordinary Hugging Face checkpoint directory that ships as package data, and so do LVPruning's
+modules for it in `modules/`, as `tokprune train` wrote them. This
 package knows how to draw its scenes, train it and score it; nothing here knows about ONNX or pruning.
 """
 
@@ -14,6 +15,9 @@ def checkpoint_dir() -> Path:
     return Path(__file__).resolve().parent / "checkpoint"
 
 
-def modules_dir() -> Path:
-    """The directory of the shipped modules for method lvpruning."""
-    return Path(__file__).resolve().parent / "modules"
+MODULES = ("default", "early")  # lvpruning's: for the default stages; for few tokens from the first layer on
+
+
+def modules_dir(name: str = "default") -> Path:
+    """The directory of one of the shipped ``MODULES``."""
+    return Path(__file__).resolve().parent / "modules" / name
