@@ -12,26 +12,35 @@ from dataclasses import dataclass
 class Settings:
     """The iteration's fixed work, attributes of the node. ``benchmarks/leverage.py`` compares others.
 
-    ``rounds`` of subspace iteration, its subspace ``oversampling`` columns wider than the rank;
+    ``rounds`` of subspace iteration, its subspace at most ``oversampling`` columns wider than the rank;
     ``purifications``, steps of SP2; ``seed`` of the start; ``max_rank``, the cap on an energy rank.
     """
 
     rounds: int = 8
-    oversampling: int = 8
+    oversampling: int = 16
     purifications: int = 45
     seed: int = 0
     max_rank: int = 64
 
 
+_LEAST = 8  # columns more than a small rank
+_THIN = 1.5  # time of a FLOP of X(XᵀQ), by one of XXᵀ (ONNX Runtime on two cores, D = 4096)
+
+
+def oversampling(rank: int | None, settings: Settings) -> int:
+    """Columns more than the rank: as many again, within limits; ``rank`` is None for an energy rank."""
+    return min(settings.oversampling, max(_LEAST, rank or settings.max_rank))
+
+
 def subspace_width(n: int, d: int, rank: int | None, settings: Settings) -> int:
     """q, the columns of the subspace; ``rank`` is None for an energy rank."""
-    return min((rank or settings.max_rank) + settings.oversampling, n, d)
+    return min((rank or settings.max_rank) + oversampling(rank, settings), n, d)
 
 
 def forms_gram(n: int, d: int, width: int, settings: Settings) -> bool:
-    """Whether XXᵀ is formed: 2N²D once and 2N²q a product, against 4NDq a product."""
+    """Whether XXᵀ is formed: 2N²D once and 2N²q a product, against 4NDq a product, whose FLOPs take longer."""
     products = settings.rounds + 1
-    return 4 * n * d * width * products > 2 * n * n * (d + width * products)
+    return _THIN * 4 * n * d * width * products > 2 * n * n * (d + width * products)
 
 
 def is_full(turn: int, settings: Settings) -> bool:

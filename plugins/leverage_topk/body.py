@@ -26,7 +26,7 @@ from onnx import FunctionProto, NodeProto, helper
 from tokprune.plugins.leverage_topk.reference import RANK_TOLERANCE
 from tokprune.plugins.nodes import OPSET, Nodes
 from tokprune.plugins.topk import top_k_nodes
-from tokprune.runtime.leverage import Settings, forms_gram, is_full, subspace_width
+from tokprune.runtime.leverage import Settings, forms_gram, is_full, oversampling, subspace_width
 
 DOMAIN, OP_TYPE, VERSION = "tokprune", "LeverageTopK", 1
 ATTRIBUTES = ("k", "rank", "energy", "max_rank", "rounds", "oversampling", "purifications", "seed")
@@ -37,9 +37,9 @@ _HUGE = 1e30
 # others. A shift of the diagonal, the usual mend, leaves its share of u_1 in every column, which the next
 # product multiplies by λ_1/λ_j: with gradings above 1e5 that diverges.
 _FLOOR = 5e-6
-# Columns taken out of all others in every round, before the full elimination if there is one. Those of massive
-# rows and the mean come first; what is left has products that FP32 can factor in one pass.
-_LEADING = 4
+# Share of the columns taken out of all others in every round, before the full elimination if there is one, and the
+# least number. Those of massive rows and the mean come first; FP32 can factor the products of what is left.
+_LEADING, _LEAST_LEADING = 1 / 4, 4
 
 
 def leverage_topk(
@@ -74,7 +74,7 @@ def leverage_topk_node(
     settings = settings or Settings()
     return helper.make_node(
         OP_TYPE, [x], list(outputs), domain=DOMAIN, k=k, rank=rank or 0, energy=float(energy or 0),
-        max_rank=settings.max_rank, rounds=settings.rounds, oversampling=settings.oversampling,
+        max_rank=settings.max_rank, rounds=settings.rounds, oversampling=oversampling(rank, settings),
         purifications=settings.purifications, seed=settings.seed,
     )  # fmt: skip
 
@@ -135,13 +135,14 @@ class _Body:
     def scores(self, rank: int, energy: float | None) -> str:
         """Nodes up to the output "scores" [n]; with ``energy``, ``rank`` is only the cap."""
         add, rounds = self.nodes.add, self._settings.rounds
+        leading = min(max(_LEAST_LEADING, int(_LEADING * self._q)), self._q - 1)
         q = self._start
         for turn in range(rounds):
             # Chebyshev's nodes on [0, 1], ascending. The first round's quotients say nothing yet, and a subspace
             # that is the whole space needs no filter.
             filtered = turn and self._q < min(self._n, self._d)
             shift = (1 - math.cos(math.pi * (turn - 0.5) / (rounds - 1))) / 2 if filtered else 0
-            q = self._eliminated(self._normalised(self._apply(q, shift), _TINY), min(_LEADING, self._q - 1))
+            q = self._eliminated(self._normalised(self._apply(q, shift), _TINY), leading)
             if is_full(turn, self._settings):
                 q = self._eliminated(q, self._q - 1)
         projected = add("MatMul", self._xt, q)  # [d, q]
