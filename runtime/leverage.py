@@ -24,7 +24,6 @@ class Settings:
 
 
 _LEAST = 8  # columns more than a small rank
-_THIN = 1.5  # time of a FLOP of X(XᵀQ), by one of XXᵀ (ONNX Runtime on two cores, D = 4096)
 
 
 def oversampling(rank: int | None, settings: Settings) -> int:
@@ -38,9 +37,9 @@ def subspace_width(n: int, d: int, rank: int | None, settings: Settings) -> int:
 
 
 def forms_gram(n: int, d: int, width: int, settings: Settings) -> bool:
-    """Whether XXᵀ is formed: 2N²D once and 2N²q a product, against 4NDq a product, whose FLOPs take longer."""
+    """Whether XXᵀ is formed: 2N²D once and 2N²q a product, against 4NDq a product."""
     products = settings.rounds + 1
-    return _THIN * 4 * n * d * width * products > 2 * n * n * (d + width * products)
+    return 4 * n * d * width * products > 2 * n * n * (d + width * products)
 
 
 def is_full(turn: int, settings: Settings) -> bool:
