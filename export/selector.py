@@ -40,7 +40,13 @@ def save_selector(directory: Path, index: int, plan: Plan, model: ModelFacts, dt
     inputs, outputs = (_tensor_facts(tensors) for tensors in (agreed.inputs, agreed.outputs))
     scoring, functions = _scoring(plan, index, model)
     graph = helper.make_graph(
-        [*_visual_rows(hidden), *scoring, *_gather_rows()],
+        [
+            helper.make_node("Reshape", [names.HIDDEN_STATES, "rows_of"], ["states"]),
+            # fastv looks at attention alone
+            *(_visual_rows() if plan.method != "fastv" else []),
+            *scoring,
+            *_gather_rows(),
+        ],
         name,
         [_value_info(tensor) for tensor in inputs],
         [_value_info(tensor) for tensor in outputs],
@@ -62,12 +68,9 @@ def save_selector(directory: Path, index: int, plan: Plan, model: ModelFacts, dt
     return SegmentFacts(name, path.name, None, tuple(inputs), tuple(outputs), count_flops(ir.from_proto(plain)))
 
 
-def _visual_rows(hidden: int) -> list[onnx.NodeProto]:
+def _visual_rows() -> list[onnx.NodeProto]:
     """X [I, N, D] = rows VISUAL_INDEX of the states, flattened to [B * S, D]."""
-    return [
-        helper.make_node("Reshape", [names.HIDDEN_STATES, "rows_of"], ["states"]),
-        helper.make_node("Gather", ["states", names.VISUAL_INDEX], ["visual_rows"], axis=0),
-    ]
+    return [helper.make_node("Gather", ["states", names.VISUAL_INDEX], ["visual_rows"], axis=0)]
 
 
 def _scoring(plan: Plan, index: int, model: ModelFacts) -> tuple[list[onnx.NodeProto], list[onnx.FunctionProto]]:

@@ -97,8 +97,8 @@ def module_flops(tokens: int, hidden: int, text_tokens: int, module: Module) -> 
     return total + product(tokens, width, 2)  # head
 
 
-def selector_flops(facts: ModelFacts, plan: Plan, index: int, tokens: int, text_tokens: int) -> int:
-    """FLOPs of select_``index`` on one image, of which N visual ``tokens`` enter the stage beside ``text_tokens``."""
+def selector_flops(facts: ModelFacts, plan: Plan, tokens: int, text_tokens: int) -> int:
+    """FLOPs of a stage's selector on one image, of which N visual ``tokens`` enter it beside ``text_tokens``."""
     if plan.method == "lofi":
         assert plan.rank is not None  # make_plan saw to it
         return leverage.flops(tokens, facts.hidden, plan.rank.components)
@@ -201,7 +201,7 @@ def closed_form(facts: ModelFacts, plan: Plan) -> FlopsCounter:
     """Count by the closed forms above."""
     spans = {names.decoder(index): (first, stop) for index, first, stop in plan.segments(facts.layers)}
     tokens = [facts.vision.tokens, *(stage.keep for stage in plan.stages)]
-    selectors = {names.select(index): index for index in range(len(plan.stages))}
+    selectors = {names.select(index): tokens[index] for index in range(len(plan.stages))}
 
     def segment(name: str, axes: Mapping[str, int]) -> int:
         if name in spans:
@@ -211,8 +211,7 @@ def closed_form(facts: ModelFacts, plan: Plan) -> FlopsCounter:
                 total += attention_row_flops(facts, rows, past)
             return total
         if name in selectors:
-            index = selectors[name]
-            return axes[names.IMAGES] * selector_flops(facts, plan, index, tokens[index], axes[names.TEXT_ROWS])
+            return axes[names.IMAGES] * selector_flops(facts, plan, selectors[name], axes[names.TEXT_ROWS])
         return vision_encoder_flops(facts, axes[names.IMAGES]) if name == names.VISION_ENCODER else 0
 
     return FlopsCounter(facts, plan, segment)
