@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from tokprune.export.lvpruning import attention as attention_module
-from tokprune.export.lvpruning.attention import EPS, attention, log_keep
+from tokprune.export.lvpruning.attention import EPS, Parted, attention, log_keep
+from tokprune.export.lvpruning.base import _places
 from tokprune.export.lvpruning.module import DROP, KEEP, SelectorModule
 from tokprune.runtime.plan import Module
 
@@ -119,19 +120,51 @@ def block(request, monkeypatch):
 
 
 WEIGHT = torch.randn(2, S, 4, 8, generator=torch.Generator().manual_seed(4), dtype=torch.float64)  # ∂ℓ/∂out
-DECISIONS = torch.tensor([[1, 0, 1, 0, 0, 1], [0, 0, 1, 1, 0, 1]], dtype=torch.float64)
+DECISIONS = torch.tensor([[1, 0, 1, 0, 0, 1], [0, 0, 1, 1, 0, 0]], dtype=torch.float64)
+
+
+def dropped_rows(decisions):
+    return torch.zeros(2, S, dtype=torch.bool).index_copy(1, torch.arange(2, 8), decisions.detach() == 0)
+
+
+def weight_of(decisions):
+    """∂ℓ/∂out: no loss depends on what a dropped row computes."""
+    return WEIGHT.masked_fill(dropped_rows(decisions)[:, :, None, None], 0)
 
 
 def gradients(function, heads, decisions):
     inputs = [x.clone().requires_grad_() for x in (*heads, decisions)]
     out = function(*inputs)
-    out.backward(WEIGHT.to(out.dtype))
+    out.backward(weight_of(decisions).to(out.dtype))
     return [out.detach(), *(x.grad for x in inputs)]
 
 
+def part(x, places):
+    """Rows of [B, H, S, d]; place S is a row that fills up."""
+    return F.pad(x, (0, 0, 0, 1)).gather(2, places[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+
 def decided(query, key, value, decisions):
+    """The rows that stay, then those that are dropped, put together again."""
     columns = torch.zeros(2, S).index_copy(1, torch.arange(2, 8), log_keep(decisions))
-    return attention(Layer(), query, key, value, None, 0.4, columns=columns)[0]
+    dropped = dropped_rows(decisions)
+    places = {"staying": _places(~dropped), "dropped": _places(dropped)}
+    shares = [F.pad(columns, (0, 1)).gather(1, given) for given in places.values()]
+    rows = Parted(places["staying"], shares[0], places["dropped"], shares[1])
+    out = torch.zeros(2, S + 1, 4, 8)
+    for name, given in places.items():
+        if given.shape[1]:
+            mixed = attention(Layer(), *(part(x, given) for x in (query, key, value)), None, 0.4, **{name: rows})[0]
+            mixed = mixed.detach() if name == "dropped" else mixed
+            out = out.scatter(1, given[..., None, None].expand_as(mixed), mixed)
+    return out[:, :-1]
+
+
+def test_places():
+    chosen = torch.tensor([[1, 0, 1, 1], [0, 0, 0, 1]]).bool()
+    assert _places(chosen).tolist() == [[0, 2, 3], [3, 4, 4]]
+    assert _places(~chosen).tolist() == [[1, 4, 4], [0, 1, 2]]
+    assert _places(chosen & False).shape == (2, 0)
 
 
 @pytest.mark.usefixtures("block")
@@ -160,11 +193,11 @@ def test_first_layer_of_a_stage_needs_the_columns_gradient_only(heads):
     """Nothing in front of the first stage has a gradient; the columns' is the same whether or not rows have one."""
     heads = [x.float() for x in heads]
     decisions = DECISIONS.float().requires_grad_()
-    decided(*heads, decisions).backward(WEIGHT.float())
+    decided(*heads, decisions).backward(weight_of(decisions).float())
     alone = decisions.grad.clone()
     inner = [x.clone().requires_grad_() for x in heads]
     decisions.grad = None
-    decided(*inner, decisions).backward(WEIGHT.float())
+    decided(*inner, decisions).backward(weight_of(decisions).float())
     assert torch.equal(alone, decisions.grad)
 
 
@@ -174,8 +207,8 @@ def test_without_decisions_it_is_causal_attention(heads):
     key, value = key.repeat_interleave(2, 1), value.repeat_interleave(2, 1)
     expected = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.4).transpose(1, 2)
     assert torch.equal(out, expected)
-    columns, _ = attention(Layer(), query, key[:, ::2], value[:, ::2], None, 0.4, columns=torch.zeros(2, S))
-    torch.testing.assert_close(columns, expected, atol=2e-6, rtol=0)  # the same softmax, summed in another order
+    kept = decided(query, key[:, ::2], value[:, ::2], torch.ones(2, 6))
+    torch.testing.assert_close(kept, expected, atol=2e-6, rtol=0)  # the same softmax, summed in another order
 
 
 def test_places_of_the_logits():

@@ -120,7 +120,7 @@ def test_a_dropped_row_is_as_good_as_removed(checkpoint, data, base, modules, pr
         )
         own = batch.predicting // size == index
         at = torch.searchsorted(rows, batch.predicting[own] - index * size)
-        # logits reach 10; a dropped row still weighs e^-27.6 of itself
+        # logits reach 10
         torch.testing.assert_close(outcome.logits[own], logits[at], atol=1e-4, rtol=0)
         untouched, _ = without(model, sequence.ids, features(sequence.images[0]), torch.ones(2, 16))
         assert (untouched[batch.predicting[own] - index * size] - outcome.logits[own]).abs().max() > 0.1
@@ -194,8 +194,9 @@ def test_layouts(checkpoint, data, base, modules, layout):
         assert torch.isfinite(parameter.grad).all()
     assert all(module.visual_proj.weight.grad.abs().max() > 0 for module in modules)
     visual = batch.ids.flatten() == 3
-    columns = base._columns(batch, torch.zeros(count + 1, 16)).flatten()
-    assert torch.equal(columns < -20, visual)
+    dropped, columns = base._decided(batch, torch.zeros(count + 1, 16))
+    assert torch.equal(dropped.flatten(), visual)
+    assert torch.equal(columns.flatten() < -20, visual)
 
 
 def test_checkpointing_gives_the_same_gradients(checkpoint, data, processor, modules):

@@ -1,8 +1,8 @@
 """The frozen base model with modules between its layers. Knows tensors and layers; knows no data file and no optimizer.
 
 Before the decoder layer of each stage a module scores the visual rows; what is decided on its logits weighs on the
-attention to these rows in all layers from there on (see `attention`). Rows are never removed here, since what is
-dropped needs a gradient too.
+attention to these rows in all layers from there on (see `attention`). Rows are never removed here, since the decision
+to drop one needs a gradient too.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as checkpointed
 from transformers import LlavaForConditionalGeneration, ProcessorMixin
 
-from tokprune.export.lvpruning.attention import ATTENTION, log_keep
+from tokprune.export.lvpruning.attention import ATTENTION, Parted, log_keep
 from tokprune.export.lvpruning.batch import Batch
 from tokprune.export.segments import VisionEncoder
 from tokprune.runtime.manifest import ModelFacts
@@ -91,21 +92,22 @@ class Base:
         A row that an earlier stage dropped stays dropped: decisions are multiplied.
         """
         hidden = self._embed(batch)  # [B, S, D]
-        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
+        positions = torch.arange(hidden.shape[1] + 1, device=hidden.device)[None]  # one more, for rows that fill up
         rotation = self._language.rotary_emb(hidden, positions)
-        columns: Tensor | None = None
+        parts: Parts | None = None
         kept: list[Tensor] = []
         for number, layer in enumerate(self._language.layers):
             if number in self._stages:
                 stage = self._stages[number]
+                hidden = parts.join() if parts else hidden
                 decisions = decide(stage, self._score(modules[stage], batch, hidden))
                 kept.append(decisions * kept[-1] if kept else decisions)
-                columns = self._columns(batch, kept[-1])
-            if self._checkpointing and columns is not None and torch.is_grad_enabled():
-                hidden = checkpointed(layer, hidden, position_embeddings=rotation, columns=columns, use_reentrant=False)
+                parts = Parts(hidden, *self._decided(batch, kept[-1]), rotation)
+            if parts:
+                parts.through(layer, checkpointing=self._checkpointing)
             else:
-                hidden = layer(hidden, position_embeddings=rotation, columns=columns)
-        rows = hidden.flatten(0, 1)[batch.predicting]
+                hidden = layer(hidden, position_embeddings=tuple(x[:, :-1] for x in rotation))
+        rows = (parts.join() if parts else hidden).flatten(0, 1)[batch.predicting]
         return Outcome(self._head(self._language.norm(rows)).float(), kept)
 
     def _embed(self, batch: Batch) -> Tensor:
@@ -121,7 +123,59 @@ class Base:
         return module(rows[batch.visual], rows[batch.text[batch.owner]], batch.text_valid[batch.owner])
 
     @staticmethod
-    def _columns(batch: Batch, kept: Tensor) -> Tensor:
-        """[B, S] float32: log(d + eps) at visual rows, 0 at text."""
-        flat = torch.zeros(batch.ids.numel(), device=kept.device)
-        return flat.index_copy(0, batch.visual.flatten(), log_keep(kept).flatten()).view(batch.ids.shape)
+    def _decided(batch: Batch, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, S] bool, the rows that are dropped; [B, S] float32, log(d + eps) at visual rows, 0 at text."""
+        flat, visual = torch.zeros(batch.ids.numel(), device=kept.device), batch.visual.flatten()
+        dropped = flat.index_copy(0, visual, (kept.detach() == 0).flatten().float()).bool()
+        return dropped.view(batch.ids.shape), flat.index_copy(0, visual, log_keep(kept).flatten()).view(batch.ids.shape)
+
+
+class Parts:
+    """A batch's rows from a stage on, parted into those that stay and those that are dropped (see `attention`).
+
+    With K of N visual rows kept, a gradient costs what K rows cost, and so does most of the memory.
+    """
+
+    def __init__(self, hidden: Tensor, dropped: Tensor, columns: Tensor, rotation: tuple[Tensor, Tensor]) -> None:
+        """hidden [B, S, D], dropped [B, S] bool, columns [B, S] float32, rotation two of [1, S + 1, d]."""
+        self._stay, self._drop = _places(~dropped), _places(dropped)  # [B, R], [B, Q]
+        filled = F.pad(hidden, (0, 0, 0, 1))
+        self._staying = _take(filled, self._stay)
+        self._dropped = _take(filled.detach(), self._drop)
+        self._rotations = [tuple(x[0][places] for x in rotation) for places in (self._stay, self._drop)]
+        columns = F.pad(columns, (0, 1))
+        self._columns = columns.gather(1, self._stay), columns.gather(1, self._drop)
+        self._shape = filled.shape
+
+    def through(self, layer: nn.Module, *, checkpointing: bool) -> None:
+        """Run both parts through a decoder layer."""
+        rows = Parted(self._stay, self._columns[0], self._drop, self._columns[1])
+        staying, dropped = self._rotations
+        if checkpointing and torch.is_grad_enabled():
+            after = checkpointed(layer, self._staying, position_embeddings=staying, staying=rows, use_reentrant=False)
+        else:
+            after = layer(self._staying, position_embeddings=staying, staying=rows)
+        if self._drop.shape[1]:
+            with torch.no_grad():
+                self._dropped = layer(self._dropped, position_embeddings=dropped, dropped=rows)
+        self._staying = after
+
+    def join(self) -> Tensor:
+        """[B, S, D] again; what was dropped has no gradient."""
+        joined = self._staying.new_zeros(self._shape)
+        for places, rows in ((self._drop, self._dropped), (self._stay, self._staying)):
+            joined = joined.scatter(1, places[..., None].expand_as(rows), rows)
+        return joined[:, :-1]
+
+
+def _places(chosen: Tensor) -> Tensor:
+    """Chosen columns of each row of [B, S], ascending: [B, most]; S, a column that is not there, fills up."""
+    counts = chosen.sum(1, keepdim=True)
+    most = int(counts.max())
+    places = chosen.int().argsort(dim=1, descending=True, stable=True)[:, :most]
+    return places.masked_fill(torch.arange(most, device=chosen.device) >= counts, chosen.shape[1])
+
+
+def _take(rows: Tensor, places: Tensor) -> Tensor:
+    """rows [B, ·, D] at places [B, R] → [B, R, D]."""
+    return rows.gather(1, places[..., None].expand(-1, -1, rows.shape[-1]))
