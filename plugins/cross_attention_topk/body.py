@@ -44,7 +44,7 @@ def cross_attention_topk_node(
     if len(weights) != len(WEIGHTS):
         raise ValueError(f"{len(weights)} weights were given, the operator has {len(WEIGHTS)}")
     inputs = [visual, text, text_valid, *weights]
-    return helper.make_node(OP_TYPE, inputs, list(outputs), domain=DOMAIN, k=k, heads=heads, eps=EPS)
+    return helper.make_node(OP_TYPE, inputs, list(outputs), name=OP_TYPE, domain=DOMAIN, k=k, heads=heads, eps=EPS)
 
 
 def cross_attention_topk_function(k: int, *, width: int, heads: int) -> FunctionProto:

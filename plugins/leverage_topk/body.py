@@ -73,7 +73,7 @@ def leverage_topk_node(
         raise ValueError(f"give either rank or energy, not rank={rank} and energy={energy}")
     settings = settings or Settings()
     return helper.make_node(
-        OP_TYPE, [x], list(outputs), domain=DOMAIN, k=k, rank=rank or 0, energy=float(energy or 0),
+        OP_TYPE, [x], list(outputs), name=OP_TYPE, domain=DOMAIN, k=k, rank=rank or 0, energy=float(energy or 0),
         max_rank=settings.max_rank, rounds=settings.rounds, oversampling=oversampling(rank, settings),
         purifications=settings.purifications, seed=settings.seed,
     )  # fmt: skip
