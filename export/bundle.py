@@ -11,6 +11,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tokprune.runtime import names
@@ -155,6 +156,10 @@ def _replace(stage: Path, target: Path) -> None:
 
 def describe_files(directory: Path, paths: Iterable[Path]) -> tuple[FileFacts, ...]:
     """Size and SHA-256 of each file, with its path relative to ``directory``."""
+    files = sorted(paths)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing runs outside Python's lock
+        hashes = pool.map(sha256, files)
     return tuple(
-        FileFacts(path.relative_to(directory).as_posix(), path.stat().st_size, sha256(path)) for path in sorted(paths)
+        FileFacts(path.relative_to(directory).as_posix(), path.stat().st_size, digest)
+        for path, digest in zip(files, hashes, strict=True)
     )

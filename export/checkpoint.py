@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,12 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
-from transformers import AutoProcessor, LlavaForConditionalGeneration, ProcessorMixin
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGeneration, ProcessorMixin
 
 from tokprune.export import demo
+from tokprune.export.weights import canonical, read_header
 from tokprune.runtime import names
 from tokprune.runtime.config import model_facts
 from tokprune.runtime.errors import UserError
@@ -38,17 +41,26 @@ class Checkpoint:
     path: Path
     facts: ModelFacts
     prompt: PromptFormat
+    shards: tuple[Path, ...]
 
 
 def find_checkpoint(model: str) -> Checkpoint:
-    """Check the checkpoint ``model``: "demo", or a directory in Hugging Face's format.
+    """Check the checkpoint ``model``: "demo", a directory in Hugging Face's format, or a model of the hub.
 
+    A model of the hub is fetched into its cache, and with HF_HUB_OFFLINE taken from there only.
     Raises UserError if there is none, or not one of LLaVA-1.5 with its weights in safetensors.
     """
     path = demo.checkpoint_dir() if model == DEMO else Path(model)
-    if not path.is_dir():
-        found = "is a file" if path.exists() else "does not exist"
-        raise UserError(f"the model directory {model} {found}: give a checkpoint's directory, or 'demo'")
+    if path.exists() and not path.is_dir():
+        raise UserError(f"the model directory {model} is a file: give a checkpoint's directory, a hub id, or 'demo'")
+    is_hub = not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model) is not None
+    if is_hub:
+        path = _fetched(model)
+    elif not path.exists():
+        raise UserError(
+            f"the model directory {model} does not exist: give a checkpoint's directory, a hub id such as "
+            "llava-hf/llava-1.5-7b-hf, or 'demo'"
+        )
     config = _json(path, "config.json")
     facts = model_facts(config, name=model, eos=_eos(path))
     if config.get("quantization_config") is not None:
@@ -58,13 +70,25 @@ def find_checkpoint(model: str) -> Checkpoint:
             f"{path} has the image token {facts.image_token_id}, but a vocabulary of {facts.vocabulary}: "
             "give a checkpoint that has an embedding for it, as llava-hf checkpoints do"
         )
-    _check_weights(path)
+    shards = _shards(path)
     for file in (names.TOKENIZER_FILE, "tokenizer_config.json"):
         if not (path / file).is_file():
             raise UserError(f"{path} has no {file}: add the processor's files, as llava-hf checkpoints have them")
     # the bundle names the model, not the exporting machine's directories
-    name = DEMO if model == DEMO else path.resolve().name
-    return Checkpoint(path, dataclasses.replace(facts, name=name), LLAVA_15)
+    name = model if model == DEMO or is_hub else path.resolve().name
+    return Checkpoint(path, dataclasses.replace(facts, name=name), LLAVA_15, shards)
+
+
+def _fetched(model: str) -> Path:
+    """The hub's ``model`` in the cache: configuration, processor and safetensors, no pickle and no code."""
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.json", "*.jinja", "*.safetensors"]))
+    except (OSError, HFValidationError) as error:  # no network, offline and not in the cache, no such model, gated
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"{model} is no directory here, and could not be had from the Hugging Face hub ({reason}): "
+            "give a checkpoint's directory, or a model of the hub that you may read"
+        ) from None
 
 
 def _json(path: Path, file: str) -> dict[str, Any]:
@@ -89,7 +113,8 @@ def _eos(path: Path) -> tuple[int, ...] | None:
     return None if found is None else tuple(found) if isinstance(found, list) else (found,)
 
 
-def _check_weights(path: Path) -> None:
+def _shards(path: Path) -> tuple[Path, ...]:
+    """The checkpoint's weight files, all of them whole."""
     present = [file for file in _WEIGHTS if (path / file).is_file()]
     if not present:
         pickles = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLES)
@@ -110,23 +135,25 @@ def _check_weights(path: Path) -> None:
             raise UserError(
                 f"{path / present[0]} names the shard {shard}, which is outside the checkpoint: do not use it"
             )
-        try:
-            with safe_open(shard, framework="numpy"):
-                pass
-        except FileNotFoundError:
-            raise UserError(f"{path} lacks its shard {shard.name}: fetch the checkpoint again") from None
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{shard} is no whole safetensors file ({error}): fetch the checkpoint again") from None
+        if shard.suffix != ".safetensors" or shard.name == names.MODULES_FILE:
+            raise UserError(f"{path / present[0]} names the shard {shard.name}, which cannot be one: do not use it")
+        read_header(shard)
+    return tuple(shards)
 
 
 def load_model(checkpoint: Checkpoint, *, dtype: torch.dtype, attention: str = "sdpa") -> LlavaForConditionalGeneration:
     """Load the weights into transformers' model, in eval mode on the CPU.
 
+    Only as many decoder layers are loaded as ``checkpoint.facts`` has, which may be fewer than the checkpoint's.
     Raises UserError if weights are missing or of the wrong shape: transformers would make up what it lacks.
     """
     with _transformers(checkpoint, "weights"):
+        config = LlavaConfig.from_pretrained(checkpoint.path, local_files_only=True)
+        left_out = range(checkpoint.facts.layers, config.text_config.num_hidden_layers)
+        config.text_config.num_hidden_layers = checkpoint.facts.layers
         model, info = LlavaForConditionalGeneration.from_pretrained(
             checkpoint.path,
+            config=config,
             dtype=dtype,
             attn_implementation=attention,
             use_safetensors=True,
@@ -139,7 +166,8 @@ def load_model(checkpoint: Checkpoint, *, dtype: torch.dtype, attention: str = "
         ("mismatched_keys", "has with another shape"),
         ("unexpected_keys", "has beyond its architecture"),
     ):
-        keys = sorted(str(key) for key in info[kind])
+        prefixes = tuple(f"language_model.layers.{layer}." for layer in left_out)
+        keys = sorted(str(key) for key in info[kind] if not canonical(str(key)).startswith(prefixes))
         if keys:
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
             raise UserError(

@@ -11,18 +11,21 @@ import onnx
 import onnx_ir as ir
 import torch
 import transformers
-from transformers import AttentionInterface
 
 from tokprune.export.bundle import describe_files, staged
-from tokprune.export.checkpoint import Checkpoint, load_model, load_processor
+from tokprune.export.checkpoint import Checkpoint, load_processor
 from tokprune.export.lvpruning.modules import Modules, write_modules
-from tokprune.export.segments import ATTENTION, Decoder, EmbedTokens, VisionEncoder, attention
+from tokprune.export.memory import bundle_weights
 from tokprune.export.selector import save_selector
+from tokprune.export.skeleton import expected_shapes, is_tied, skeleton
+from tokprune.export.store import Store
 from tokprune.export.trace import save_segment, trace_decoder, trace_embed, trace_vision
+from tokprune.export.weights import Weights
 from tokprune.runtime import names
 from tokprune.runtime.bundle import sha256
 from tokprune.runtime.contract import FLOAT_TYPES
-from tokprune.runtime.manifest import SCHEMA, Manifest, SegmentFacts
+from tokprune.runtime.limits import make_limits
+from tokprune.runtime.manifest import SCHEMA, Limits, Manifest, SegmentFacts
 from tokprune.runtime.plan import Plan
 from tokprune.runtime.version import __version__
 
@@ -36,26 +39,31 @@ def export(
     out: Path,
     *,
     precision: str = "fp32",
+    head_pieces: int = 1,
     progress: Callable[[str], None] = lambda step: None,
+    note: Callable[[str], None] = lambda text: None,
     graphs: Graphs | None = None,
     modules: Modules | None = None,
+    limits: Limits | None = None,
 ) -> Manifest:
     """Write the bundle of ``checkpoint`` under ``plan`` to ``out``; ``progress`` hears each step's name.
 
-    The bundle appears whole or not at all. ``graphs`` may be shared by exports under several plans: what one has
-    traced, the next need not. ``modules`` belong to plans of lvpruning, which may keep other numbers of tokens than
-    those in training. Raises UserError for a checkpoint or an ``out`` at fault.
+    ``note`` hears how far a long step is. The head is cut into ``head_pieces`` weights. The bundle appears whole or
+    not at all. ``graphs`` may be shared by exports under several plans: what one has traced, the next need not.
+    ``modules`` belong to plans of lvpruning, which may keep other numbers of tokens than those in training. ``limits``
+    are those of `make_limits` if not given. Raises UserError for a checkpoint or an ``out`` at fault.
     """
     _check_modules(plan, modules)
     with staged(out) as stage:
         if modules is not None:
             write_modules(stage, modules)
         progress("checkpoint")
-        AttentionInterface.register(ATTENTION, attention)
         processor = load_processor(checkpoint)
-        model = load_model(checkpoint, dtype=PRECISIONS[precision], attention=ATTENTION)
-        segments = _segments(model, checkpoint, plan, precision, stage, progress, graphs)
-        del model
+        model = skeleton(checkpoint, PRECISIONS[precision])
+        weights = Weights(checkpoint.path, checkpoint.shards)
+        weights.check(expected_shapes(model, checkpoint), tied=is_tied(model))
+        store = Store(stage, weights, precision, note)
+        segments = _segments(model, checkpoint, plan, precision, store, head_pieces, progress, graphs)
         progress("manifest")
         tokenizer = (checkpoint.path / names.TOKENIZER_FILE).read_bytes()
         (stage / names.TOKENIZER_FILE).write_bytes(tokenizer)
@@ -75,8 +83,10 @@ def export(
             plan=plan,
             precision=precision,
             prompt=checkpoint.prompt,
+            limits=limits or make_limits(checkpoint.facts.context),
             segments=tuple(segments),
             files=describe_files(stage, [path for path in stage.rglob("*") if path.is_file()]),
+            memory=bundle_weights(stage, segments),
         )
         (stage / names.MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
@@ -99,36 +109,39 @@ def _segments(
     checkpoint: Checkpoint,
     plan: Plan,
     precision: str,
-    stage: Path,
+    store: Store,
+    head_pieces: int,
     progress: Callable[[str], None],
     graphs: Graphs | None,
 ) -> list[SegmentFacts]:
-    facts, dtype = checkpoint.facts, PRECISIONS[precision]
+    facts = checkpoint.facts
 
     def traced(key: tuple, trace: Callable[[], ir.Model]) -> ir.Model:
         if graphs is None:
-            return trace()  # and let go of it: a large model's graph may hold weights of its own
+            return trace()
         key = (checkpoint.path, precision, *key)
         if key not in graphs:
             graphs[key] = trace()
         return graphs[key]
 
     progress(names.VISION_ENCODER)
-    encoder = VisionEncoder(model, facts.vision.layers)
-    graph = traced((names.VISION_ENCODER,), functools.partial(trace_vision, encoder, facts, dtype))
-    segments = [save_segment(graph, stage, names.VISION_ENCODER, None)]
+    graph = traced((names.VISION_ENCODER,), functools.partial(trace_vision, model, facts))
+    segments = [save_segment(graph, store, names.VISION_ENCODER, None)]
     progress(names.EMBED_TOKENS)
-    graph = traced((names.EMBED_TOKENS,), functools.partial(trace_embed, EmbedTokens(model)))
-    segments.append(save_segment(graph, stage, names.EMBED_TOKENS, None))
+    graph = traced((names.EMBED_TOKENS,), functools.partial(trace_embed, model))
+    segments.append(save_segment(graph, store, names.EMBED_TOKENS, None))
     decoders = {index: (first, stop) for index, first, stop in plan.segments(facts.layers)}
     for index in range(len(plan.stages) + 1):
         if index in decoders:
             first, stop = decoders[index]
             progress(names.decoder(index))
-            decoder = Decoder(model, first, stop, last_row=plan.method == "fastv" and index < len(plan.stages))
-            graph = traced((first, stop, decoder.last_row), functools.partial(trace_decoder, decoder, facts, dtype))
-            segments.append(save_segment(graph, stage, names.decoder(index), (first, stop)))
+            last_row = plan.method == "fastv" and index < len(plan.stages)
+            trace = functools.partial(
+                trace_decoder, model, facts, first, stop, last_row=last_row, head_pieces=head_pieces
+            )
+            graph = traced((first, stop, last_row, head_pieces), trace)
+            segments.append(save_segment(graph, store, names.decoder(index), (first, stop)))
         if index < len(plan.stages):
             progress(names.select(index))
-            segments.append(save_selector(stage, index, plan, facts, FLOAT_TYPES[precision]))
+            segments.append(save_selector(store.directory, index, plan, facts, FLOAT_TYPES[precision]))
     return segments

@@ -6,12 +6,16 @@ PyTorch too, so that a test can hold a traced graph against it.
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
+import re
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 from transformers.models.llama.modeling_llama import repeat_kv
+
+from tokprune.export.store import Source
 
 ATTENTION = "tokprune"
 
@@ -55,8 +59,30 @@ def _last_row(query: Tensor, key: Tensor, attention_mask: Tensor | None, scaling
     return weights.float().softmax(dim=-1).mean(dim=1)[:, 0, key.shape[2] - rows :]
 
 
-class VisionEncoder(nn.Module):
+class Segment(nn.Module):
+    """A part of the model that becomes one graph. ``weights``: whole-model prefixes of its parameters' prefixes."""
+
+    weights: ClassVar[dict[str, str]]
+
+
+def source(module: Segment, parameter: str) -> Source:
+    """Which of the checkpoint's tensors ``module``'s ``parameter`` is."""
+    own = next(prefix for prefix in module.weights if parameter.startswith(prefix))
+    name = module.weights[own] + parameter.removeprefix(own)
+    if piece := re.fullmatch(r"(.+)\.rows_(\d+)_(\d+)(\..+)", name):
+        return Source(piece[1] + piece[4], (int(piece[2]), int(piece[3])))
+    return Source(name)
+
+
+class VisionEncoder(Segment):
     """pixel_values [I, 3, H, W] → image_features [I, N, D]: tower up to the feature layer, then projector."""
+
+    weights: ClassVar = {
+        "embeddings.": "vision_tower.embeddings.",
+        "pre_layrnorm.": "vision_tower.pre_layrnorm.",
+        "layers.": "vision_tower.encoder.layers.",
+        "projector.": "multi_modal_projector.",
+    }
 
     def __init__(self, model: LlavaForConditionalGeneration, layers: int) -> None:
         super().__init__()
@@ -73,8 +99,10 @@ class VisionEncoder(nn.Module):
         return self.projector(hidden[:, 1:])  # the class token is dropped
 
 
-class EmbedTokens(nn.Module):
+class EmbedTokens(Segment):
     """input_ids [B, S] → inputs_embeds [B, S, D]."""
+
+    weights: ClassVar = {"embedding.": "language_model.embed_tokens."}
 
     def __init__(self, model: LlavaForConditionalGeneration) -> None:
         super().__init__()
@@ -99,7 +127,24 @@ class _Cache:
         return key, value
 
 
-class Decoder(nn.Module):
+class SplitHead(nn.Module):
+    """A linear map [.., D] → [.., V] in pieces of its outputs, since some devices cannot allocate a large one whole."""
+
+    def __init__(self, head: nn.Linear, pieces: int) -> None:
+        super().__init__()
+        bounds = [head.out_features * piece // pieces for piece in range(pieces + 1)]
+        self.pieces = []
+        for begin, end in itertools.pairwise(bounds):
+            piece = nn.Linear(head.in_features, end - begin, bias=False, device="meta")
+            piece.weight = nn.Parameter(head.weight[begin:end], requires_grad=False)
+            self.add_module(f"rows_{begin}_{end}", piece)  # `source` reads it
+            self.pieces.append(piece)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return torch.cat([piece(hidden) for piece in self.pieces], dim=-1)
+
+
+class Decoder(Segment):
     """Decoder layers [first, stop), for prefill and decode alike; with norm and head if they are the last.
 
     Inputs: hidden states [B, S, D], position_ids [B, S], attention_mask [B, P + S], logits_index [B, T]
@@ -108,15 +153,29 @@ class Decoder(nn.Module):
     last row in the last layer, [B, S] in FP32; then present keys and values.
     """
 
-    def __init__(self, model: LlavaForConditionalGeneration, first: int, stop: int, *, last_row: bool = False) -> None:
+    weights: ClassVar = {"layers.": "language_model.layers.", "norm.": "language_model.norm.", "head.": "lm_head."}
+
+    def __init__(
+        self,
+        model: LlavaForConditionalGeneration,
+        first: int,
+        stop: int,
+        *,
+        last_row: bool = False,
+        head_pieces: int | None = None,
+    ) -> None:
+        """``head_pieces`` 0 is without norm and head; None is 1 behind the model's last layer, else 0."""
         super().__init__()
         self.last_row = last_row
         language = model.model.language_model
-        self.first, self.has_head = first, stop == len(language.layers)
+        if head_pieces is None:
+            head_pieces = int(stop == len(language.layers))
+        self.first, self.has_head = first, head_pieces > 0
         self.layers = nn.ModuleList(language.layers[first:stop])
         self.rotary = language.rotary_emb
         if self.has_head:
-            self.norm, self.head = language.norm, model.lm_head
+            self.norm = language.norm
+            self.head = model.lm_head if head_pieces == 1 else SplitHead(model.lm_head, head_pieces)
 
     def forward(
         self, hidden: Tensor, position_ids: Tensor, attention_mask: Tensor, *rest: Tensor
@@ -145,11 +204,13 @@ class Decoder(nn.Module):
 def _causal_bias(attention_mask: Tensor, hidden: Tensor) -> Tensor:
     """[B, P + S] of 0 and 1 → [B, 1, S, P + S] of 0 and the dtype's lowest number.
 
-    Rows are in order of position, before and after pruning, so row i of this call may see rows 0 .. P + i.
+    Rows are in order of position, before and after pruning, so row i of this call may see rows 0 .. P + i. Every row
+    sees itself, masked out or not: with nothing to see a row of FP16 would become NaN, and NaN times 0 in others'.
     """
     rows, total = hidden.shape[1], attention_mask.shape[1]
     last = torch.arange(rows, device=hidden.device) + (total - rows)
-    causal = torch.arange(total, device=hidden.device)[None, :] <= last[:, None]
-    allowed = causal[None, None] & (attention_mask[:, None, None, :] != 0)
+    columns = torch.arange(total, device=hidden.device)
+    causal, own = columns[None, :] <= last[:, None], columns[None, :] == last[:, None]  # [S, P + S]
+    allowed = (causal[None, None] & (attention_mask[:, None, None, :] != 0)) | own[None, None]
     zero = torch.zeros((), dtype=hidden.dtype, device=hidden.device)
     return torch.where(allowed, zero, torch.finfo(hidden.dtype).min)

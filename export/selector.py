@@ -6,7 +6,6 @@ is theirs.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from onnx import TensorProto, helper
 
 from tokprune.export.flops import count_flops
 from tokprune.export.trace import OPSET
+from tokprune.export.weights import read_header
 from tokprune.plugins import grid
 from tokprune.plugins.cross_attention_topk import body as cross_attention
 from tokprune.plugins.cross_attention_topk.reference import WEIGHTS
@@ -122,20 +122,13 @@ def _module_weight(index: int, name: str) -> str:
 
 
 def _module_weights(directory: Path, index: int) -> list[TensorProto]:
-    """Stage ``index``'s module as initializers that point into the modules' file: nothing is copied.
-
-    A safetensors file begins with the length of its header, 8 bytes little-endian, and the header, JSON;
-    "data_offsets" count from the header's end.
-    """
-    with open(directory / names.MODULES_FILE, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
+    """Stage ``index``'s module as initializers that point into the modules' file: nothing is copied."""
+    stored = read_header(directory / names.MODULES_FILE)
     tensors = []
     for name in (_module_weight(index, weight) for weight in WEIGHTS):
-        begin, end = header[name]["data_offsets"]
-        tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=header[name]["shape"])
+        tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=stored[name].shape)
         tensor.data_location = TensorProto.EXTERNAL
-        where = {"location": names.MODULES_FILE, "offset": 8 + length + begin, "length": end - begin}
+        where = {"location": names.MODULES_FILE, "offset": stored[name].offset, "length": stored[name].length}
         for key, value in where.items():
             tensor.external_data.add(key=key, value=str(value))
         tensors.append(tensor)

@@ -6,6 +6,7 @@ how the answers are compared.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,10 +18,10 @@ from tokprune.export.lvpruning.modules import Modules
 from tokprune.export.reference import Reference, Selection
 from tokprune.runtime.chat import Model
 from tokprune.runtime.data import Sample
-from tokprune.runtime.pipeline import Meter, Pruned
+from tokprune.runtime.pipeline import Meter, Pruned, State
 from tokprune.runtime.plan import Plan
-from tokprune.runtime.preprocess import load_image, pixel_values
-from tokprune.runtime.prompt import expand_image_tokens, prompt_text
+from tokprune.runtime.preprocess import load_image
+from tokprune.runtime.prompt import prompt_text
 
 
 @dataclass
@@ -51,9 +52,9 @@ class Original:
 
     def greedy(self, plan: Plan, sample: Sample, *, keep_hidden: bool = False) -> Greedy:
         """Answer ``sample`` under ``plan``; with ``keep_hidden`` the prefill's rows are kept, layer by layer."""
-        image = None if sample.image is None else load_image(sample.image)
-        text = prompt_text(self._checkpoint.prompt, sample.prompt, 0 if image is None else 1)
-        batch = self._processor(text=text, images=image, return_tensors="pt")
+        images = [load_image(image) for image in sample.images]
+        text = prompt_text(self._checkpoint.prompt, sample.prompt, len(images))
+        batch = self._processor(text=text, images=images or None, return_tensors="pt")
         answer = Greedy(batch["input_ids"][0].tolist())
         facts = self._checkpoint.facts
         with Reference(self._model, facts, plan, self._modules) as reference:
@@ -67,51 +68,79 @@ class Original:
 
 
 class Engine:
-    """A loaded bundle. Image features are kept, since many questions are about one image."""
+    """A loaded bundle. Image features are kept, since many questions are about one image.
 
-    def __init__(
-        self, model: Model, max_new_tokens: int, features: dict[Path | None, np.ndarray | None] | None = None
-    ) -> None:
+    Samples that are given together are one batch.
+    """
+
+    def __init__(self, model: Model, max_new_tokens: int, features: dict[Path, np.ndarray] | None = None) -> None:
         """``features`` may be shared by engines of the same checkpoint and precision, whatever their plans."""
         self._model, self._max_new_tokens = model, max_new_tokens
-        self._features = {} if features is None else features
+        self._features = {} if features is None else features  # [N, D] by image
 
     def ids(self, sample: Sample) -> list[int]:
         """Token ids of the sample's prompt, image tokens expanded."""
-        facts, images = self._model.pipeline.facts, 0 if sample.image is None else 1
-        form, reserved = self._model.bundle.manifest.prompt, self._model.tokenizer.special_tokens
-        ids = self._model.tokenizer.encode(prompt_text(form, sample.prompt, images, reserved))
-        return expand_image_tokens(ids, facts.image_token_id, [facts.vision.tokens] * images)
+        return self._model.prompt(sample.prompt, len(sample.images))
 
-    def forced(self, sample: Sample, tokens: list[int]) -> tuple[np.ndarray, list[Pruned]]:
-        """Logits [T, V] in front of each of ``tokens`` [T], which it is fed; and what was pruned."""
-        pipeline, state = self._model.pipeline, self._model.pipeline.new_state()
-        logits, kept = pipeline.forward(state, self.ids(sample), Meter(), image_features=self._encode(sample))
-        steps = [logits[-1]]
-        for token in tokens[:-1]:
-            steps.append(pipeline.forward(state, [token], Meter())[0][-1])
-        return np.stack(steps), kept
+    def forced(self, samples: Sequence[Sample], tokens: Sequence[list[int]]) -> list[tuple[np.ndarray, list[Pruned]]]:
+        """Of each sample the logits [T, V] in front of each of its ``tokens`` [T], which it is fed; what was pruned."""
+        state, logits, pruned = self._prefill(samples)
+        steps = [logits]
+        for at in range(max(map(len, tokens)) - 1):
+            # a sample whose tokens have run out is fed the last one again, for the others' sake
+            steps.append(self._step(state, [row[min(at, len(row) - 1)] for row in tokens]))
+        stacked = np.stack(steps, axis=1)  # [B, T, V]
+        return [(rows[: len(row)], kept) for rows, row, kept in zip(stacked, tokens, pruned, strict=True)]
 
-    def free(self, sample: Sample, logits: np.ndarray, forced: list[int]) -> list[int]:
-        """Greedy tokens: those it was ``forced`` on if its ``logits`` agree with each, else a run of its own."""
-        if logits.argmax(axis=-1).tolist() == forced:
-            return forced
-        pipeline, state = self._model.pipeline, self._model.pipeline.new_state()
-        tokens: list[int] = []
-        step, _ = pipeline.forward(state, self.ids(sample), Meter(), image_features=self._encode(sample))
-        while _goes_on(tokens, step[-1], pipeline.facts.eos_token_ids, self._max_new_tokens):
-            step, _ = pipeline.forward(state, [tokens[-1]], Meter())
-        return tokens
+    def free(
+        self, samples: Sequence[Sample], logits: Sequence[np.ndarray], forced: Sequence[list[int]]
+    ) -> list[list[int]]:
+        """Greedy tokens of each: those it was ``forced`` on if its ``logits`` agree with each, else of its own run."""
+        found = list(forced)
+        others = [i for i, rows in enumerate(logits) if rows.argmax(axis=-1).tolist() != forced[i]]
+        if others:
+            for i, tokens in zip(others, self._run([samples[i] for i in others]), strict=True):
+                found[i] = tokens
+        return found
 
     def text(self, tokens: list[int]) -> str:
         """The answer that ``tokens`` spell."""
         return self._model.tokenizer.decode(tokens).strip()
 
-    def _encode(self, sample: Sample) -> np.ndarray | None:
-        if sample.image is not None and sample.image not in self._features:
-            pixels = pixel_values(load_image(sample.image), self._model.image_spec)
-            self._features[sample.image] = self._model.pipeline.encode_images(pixels, Meter())
-        return self._features.get(sample.image)
+    def _run(self, samples: Sequence[Sample]) -> list[list[int]]:
+        """Greedy tokens of each sample."""
+        eos, limit = self._model.pipeline.facts.eos_token_ids, self._max_new_tokens
+        state, logits, _ = self._prefill(samples)
+        answers: list[list[int]] = [[] for _ in samples]
+        goes_on = [_goes_on(tokens, row, eos, limit) for tokens, row in zip(answers, logits, strict=True)]
+        while any(goes_on):
+            logits = self._step(state, [tokens[-1] for tokens in answers])
+            goes_on = [
+                alive and _goes_on(tokens, row, eos, limit)
+                for alive, tokens, row in zip(goes_on, answers, logits, strict=True)
+            ]
+        return answers
+
+    def _prefill(self, samples: Sequence[Sample]) -> tuple[State, np.ndarray, list[list[Pruned]]]:
+        """The sequences, the logits [B, V] of their last rows, and what was pruned of each."""
+        pipeline = self._model.pipeline
+        state, prompts = pipeline.new_state(len(samples)), [self.ids(sample) for sample in samples]
+        logits, pruned = pipeline.forward(state, prompts, Meter(), image_features=self._encode(samples))
+        return state, logits[:, -1], pruned
+
+    def _step(self, state: State, tokens: Sequence[int]) -> np.ndarray:
+        """Append a token to each sequence: logits [B, V]."""
+        return self._model.pipeline.forward(state, [[token] for token in tokens], Meter())[0][:, -1]
+
+    def _encode(self, samples: Sequence[Sample]) -> np.ndarray | None:
+        """Features [I, N, D] of the samples' images, in order; None of none."""
+        images = [image for sample in samples for image in sample.images]
+        new = [image for image in dict.fromkeys(images) if image not in self._features]
+        pixels = self._model.pixels(new)
+        if pixels is not None:
+            features = self._model.pipeline.encode_images(pixels, Meter())
+            self._features.update(zip(new, features, strict=True))
+        return np.stack([self._features[image] for image in images]) if images else None
 
 
 def _goes_on(tokens: list[int], logits: np.ndarray, eos: tuple[int, ...], limit: int) -> bool:

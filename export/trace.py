@@ -11,22 +11,25 @@ import logging
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxscript.optimizer
 import torch
-from onnx_ir.tensor_adapters import TorchTensor
-from torch import Tensor, nn
+from torch import Tensor
 from torch.export import Dim
+from transformers import LlavaForConditionalGeneration
 
 from tokprune.export.flops import count_flops
-from tokprune.export.segments import Decoder, EmbedTokens, VisionEncoder
+from tokprune.export.layers import repeat
+from tokprune.export.segments import Decoder, EmbedTokens, Segment, VisionEncoder, source
+from tokprune.export.skeleton import LAYERS
+from tokprune.export.store import Store
 from tokprune.runtime import names
 from tokprune.runtime.manifest import ModelFacts, SegmentFacts, TensorFacts
 
 OPSET = 20
+WEIGHT = "weight"  # key of a graph value's notes: where its data comes from
 _TRACE = {
     "batch": 2,
     "sequence": 5,
@@ -44,26 +47,40 @@ class Input:
     axes: dict[int, str]
 
 
-def trace_vision(module: VisionEncoder, facts: ModelFacts, dtype: torch.dtype) -> ir.Model:
-    """Trace the vision segment: pixel_values → image_features."""
+def trace_vision(model: LlavaForConditionalGeneration, facts: ModelFacts) -> ir.Model:
+    """Trace the vision segment of a skeleton: pixel_values → image_features."""
     size = facts.vision.image_size
-    pixels = torch.zeros(_TRACE["batch"], 3, size, size, dtype=dtype)
-    return _trace(module, [Input(names.PIXEL_VALUES, pixels, {0: names.IMAGES})], [names.IMAGE_FEATURES])
+    module = VisionEncoder(model, min(LAYERS, facts.vision.layers))
+    pixels = torch.zeros(_TRACE["batch"], 3, size, size, dtype=model.dtype)
+    inputs = [Input(names.PIXEL_VALUES, pixels, {0: names.IMAGES})]
+    return _trace(module, inputs, [names.IMAGE_FEATURES], (0, facts.vision.layers))
 
 
-def trace_embed(module: EmbedTokens) -> ir.Model:
-    """Trace the embedding segment: input_ids → inputs_embeds."""
+def trace_embed(model: LlavaForConditionalGeneration) -> ir.Model:
+    """Trace the embedding segment of a skeleton: input_ids → inputs_embeds."""
     ids = torch.zeros(_TRACE["batch"], _TRACE["sequence"], dtype=torch.int64)
-    return _trace(module, [Input(names.INPUT_IDS, ids, {0: names.BATCH, 1: names.SEQUENCE})], [names.INPUTS_EMBEDS])
+    inputs = [Input(names.INPUT_IDS, ids, {0: names.BATCH, 1: names.SEQUENCE})]
+    return _trace(EmbedTokens(model), inputs, [names.INPUTS_EMBEDS])
 
 
-def trace_decoder(module: Decoder, facts: ModelFacts, dtype: torch.dtype) -> ir.Model:
-    """Trace a decoder segment; tensor names as in ``names``."""
+def trace_decoder(
+    model: LlavaForConditionalGeneration,
+    facts: ModelFacts,
+    first: int,
+    stop: int,
+    *,
+    last_row: bool = False,
+    head_pieces: int = 1,
+) -> ir.Model:
+    """Trace the decoder segment of layers [first, stop) of a skeleton; tensor names as in ``names``."""
+    head = head_pieces if stop == facts.layers else 0
+    module = Decoder(model, 0, min(LAYERS, stop - first), head_pieces=head, last_row=last_row)
+    dtype = model.dtype
     batch, rows, past, count = (_TRACE[key] for key in ("batch", "sequence", "past", "logits"))
     by_row = {0: names.BATCH, 1: names.SEQUENCE}
     inputs = [
         Input(
-            names.INPUTS_EMBEDS if module.first == 0 else names.HIDDEN_STATES,
+            names.INPUTS_EMBEDS if first == 0 else names.HIDDEN_STATES,
             torch.zeros(batch, rows, facts.hidden, dtype=dtype),
             by_row,
         ),
@@ -80,15 +97,16 @@ def trace_decoder(module: Decoder, facts: ModelFacts, dtype: torch.dtype) -> ir.
     if module.has_head:
         index = torch.zeros(batch, count, dtype=torch.int64)
         inputs.append(Input(names.LOGITS_INDEX, index, {0: names.BATCH, 1: names.LOGITS_COUNT}))
-    for layer in range(module.first, module.first + len(module.layers)):
+    for layer in range(len(module.layers)):
         for which in ("key", "value"):
             cache = torch.zeros(batch, facts.kv_heads, past, facts.head_dim, dtype=dtype)
             inputs.append(Input(names.past(layer, which), cache, {0: names.BATCH, 2: names.PAST}))
             outputs.append(names.present(layer, which))
-    return _trace(module, inputs, outputs)
+    return _trace(module, inputs, outputs, (first, stop))
 
 
-def _trace(module: nn.Module, inputs: list[Input], outputs: list[str]) -> ir.Model:
+def _trace(module: Segment, inputs: list[Input], outputs: list[str], layers: tuple[int, int] | None = None) -> ir.Model:
+    """The graph of ``module``, its two layers repeated to be ``layers`` [first, stop)."""
     dims = {axis: Dim(axis) for item in inputs for axis in item.axes.values()}
     shapes = [{at: dims[axis] for at, axis in item.axes.items()} for item in inputs]
     if isinstance(module, Decoder):  # its forward takes (hidden, positions, mask, *rest)
@@ -104,11 +122,38 @@ def _trace(module: nn.Module, inputs: list[Input], outputs: list[str]) -> ir.Mod
             input_names=[item.name for item in inputs],
             output_names=outputs,
             dynamic_shapes=dynamic,
-            optimize=True,
+            optimize=False,
             verbose=False,
         )
     assert program is not None  # it is None only for the legacy exporter
-    return _clean(program.model)
+    model = program.model
+    weights = {name for name, _ in module.named_parameters()}
+    with _unknown(model.graph, weights):
+        onnxscript.optimizer.optimize_ir(model)
+    constants = set(model.graph.initializers) - weights
+    if layers is not None:
+        repeat(model, *layers)
+    for value in list(model.graph.initializers.values()):
+        if value.name not in constants:
+            assert value.name is not None
+            value.meta[WEIGHT] = source(module, value.name)
+            value.name = str(value.meta[WEIGHT])
+    return _clean(model)
+
+
+@contextlib.contextmanager
+def _unknown(graph: ir.Graph, weights: set[str]) -> Iterator[None]:
+    """Make inputs of the ``weights`` for a while: nothing is computed from them, nor are equal ones made one."""
+    held = [value for name, value in graph.initializers.items() if name in weights]
+    for value in held:
+        assert value.name is not None
+        graph.initializers.pop(value.name)
+        graph.inputs.append(value)
+    yield
+    for value in held:
+        graph.inputs.remove(value)
+        if value.uses():
+            graph.register_initializer(value)
 
 
 @contextlib.contextmanager
@@ -143,22 +188,28 @@ def _clean(model: ir.Model) -> ir.Model:
     return model
 
 
-def save_segment(model: ir.Model, directory: Path, name: str, layers: tuple[int, int] | None) -> SegmentFacts:
-    """Write ``name``.onnx, and ``name``.data if it has weights; check it; return its manifest entry.
+def save_segment(model: ir.Model, store: Store, name: str, layers: tuple[int, int] | None) -> SegmentFacts:
+    """Write ``name``.onnx beside the weights of ``store``, which it points to; check it; return its manifest entry.
 
     Raises onnx.checker.ValidationError if the graph is not valid ONNX with consistent shapes.
     """
-    path = directory / f"{name}.onnx"
+    path = store.directory / f"{name}.onnx"
     model.graph.name = name
     for value in model.graph.initializers.values():
-        if isinstance(value.const_value, ir.Tensor) and isinstance(value.const_value.raw, np.ndarray):
-            # onnx_ir would write it by NumPy's tofile, which says nothing when the disk has no room for its end
-            value.const_value = TorchTensor(torch.tensor(value.const_value.raw), name=value.const_value.name)
-    ir.save(model, path, external_data=f"{name}.data")
-    onnx.checker.check_model(str(path), full_check=True)
+        if WEIGHT in value.meta:
+            value.const_value = store.place(value.meta[WEIGHT])
+    # the checker takes linked files for an attack, so it does not see where the weights are
+    with _unknown(model.graph, {name for name, value in model.graph.initializers.items() if WEIGHT in value.meta}):
+        onnx.checker.check_model(ir.to_proto(model), full_check=True)
+    ir.save(model, path)
+    return segment_facts(model, name, layers)
+
+
+def segment_facts(model: ir.Model, name: str, layers: tuple[int, int] | None) -> SegmentFacts:
+    """The manifest's entry of the graph ``model``, the segment ``name``."""
     return SegmentFacts(
         name=name,
-        file=path.name,
+        file=f"{name}.onnx",
         layers=layers,
         inputs=tuple(_tensor(value) for value in model.graph.inputs),
         outputs=tuple(_tensor(value) for value in model.graph.outputs),

@@ -17,11 +17,13 @@ import torch
 
 from tokprune.export.checkpoint import Checkpoint, load_model, load_processor
 from tokprune.export.lvpruning.modules import load_modules
-from tokprune.export.sides import Engine, Original
+from tokprune.export.sides import Engine, Greedy, Original
 from tokprune.runtime import flops, metrics, verification
 from tokprune.runtime.chat import Model
 from tokprune.runtime.data import Sample
 from tokprune.runtime.errors import UserError
+from tokprune.runtime.limits import check_batch
+from tokprune.runtime.pipeline import Pruned
 from tokprune.runtime.plan import Plan
 
 
@@ -36,7 +38,7 @@ class Outcome:
     consistency: verification.ConsistencySample
     same_ids: bool  # our tokenizer's and transformers'
     prompt_tokens: int
-    has_image: bool
+    images: int
     spectrum: list[tuple[int, float, float]] = field(default_factory=list)  # layer, IPR full, IPR pruned
 
 
@@ -47,13 +49,17 @@ def verify(
     *,
     max_new_tokens: int = 16,
     spectrum_samples: int = 32,
+    batch_size: int = 1,
     progress: Callable[[int], None] = lambda done: None,
 ) -> tuple[dict[str, Any], list[Outcome]]:
     """Compare the bundle in ``model`` with ``checkpoint`` in PyTorch, FP32, on ``samples``.
 
-    Returns the JSON object without gates, and each sample's outcome. The spectra of
-    those of the first ``spectrum_samples`` samples that have an image give the change of the IPR.
+    The bundle takes ``batch_size`` samples at a time, PyTorch always one. Returns the JSON object without gates, and
+    each sample's outcome. The spectra of those of the first ``spectrum_samples`` samples that have an image give the
+    change of the IPR.
+    Raises UserError if the checkpoint is another one, or the batch or a sample is too large for the bundle.
     """
+    check_batch(model.bundle.manifest.limits, batch_size)
     facts = model.pipeline.facts
     if checkpoint.facts != dataclasses.replace(facts, name=checkpoint.facts.name):
         raise UserError(
@@ -65,22 +71,54 @@ def verify(
     modules = load_modules(model.bundle.path) if plan.method == "lvpruning" else None
     original = Original(torch_model, load_processor(checkpoint), checkpoint, max_new_tokens, modules)
     engine = Engine(model, max_new_tokens)
-    outcomes = []
-    for number, sample in enumerate(samples):
-        spectrum = number < spectrum_samples and sample.image is not None
-        outcomes.append(_compare(original, engine, plan, sample, spectrum=spectrum))
-        progress(number + 1)
+    outcomes: list[Outcome] = []
+    for at in range(0, len(samples), batch_size):
+        batch = samples[at : at + batch_size]
+        answers = []
+        for number, sample in enumerate(batch, at):
+            spectrum = number < spectrum_samples and bool(sample.images)
+            full = original.greedy(Plan("none"), sample, keep_hidden=spectrum)
+            pruned = original.greedy(plan, sample, keep_hidden=spectrum) if plan.stages else full
+            answers.append((full, pruned))
+        for sample, (full, pruned), answer in zip(batch, answers, _engine_answers(engine, batch, answers), strict=True):
+            outcomes.append(_outcome(engine, plan, sample, full, pruned, answer))
+            progress(len(outcomes))
     return _report(model, outcomes), outcomes
 
 
-def _compare(original: Original, engine: Engine, plan: Plan, sample: Sample, *, spectrum: bool) -> Outcome:
-    full = original.greedy(Plan("none"), sample, keep_hidden=spectrum)
-    pruned = original.greedy(plan, sample, keep_hidden=spectrum) if plan.stages else full
-    logits, kept = engine.forced(sample, pruned.tokens)
-    tokens = engine.free(sample, logits, pruned.tokens)
-    on_full = logits if full.tokens == pruned.tokens else engine.forced(sample, full.tokens)[0]
+@dataclass
+class _EngineAnswer:
+    """The engine's side of one sample."""
+
+    logits: np.ndarray  # [T, V], forced on the pruned reference's tokens
+    kept: list[Pruned]
+    tokens: list[int]  # freely generated
+    on_full: np.ndarray  # [T, V], forced on the original's tokens
+
+
+def _engine_answers(
+    engine: Engine, samples: Sequence[Sample], references: Sequence[tuple[Greedy, Greedy]]
+) -> list[_EngineAnswer]:
+    """Of one batch; ``references`` are the unpruned and the pruned PyTorch answer of each sample."""
+    forced = [pruned.tokens for _, pruned in references]
+    runs = engine.forced(samples, forced)
+    free = engine.free(samples, [logits for logits, _ in runs], forced)
+    answers = [_EngineAnswer(logits, kept, tokens, logits) for (logits, kept), tokens in zip(runs, free, strict=True)]
+    others = [i for i, (full, pruned) in enumerate(references) if full.tokens != pruned.tokens]
+    if others:
+        on_full = engine.forced([samples[i] for i in others], [references[i][0].tokens for i in others])
+        for i, (logits, _) in zip(others, on_full, strict=True):
+            answers[i].on_full = logits
+    return answers
+
+
+def _outcome(
+    engine: Engine, plan: Plan, sample: Sample, full: Greedy, pruned: Greedy, answer: _EngineAnswer
+) -> Outcome:
+    logits, on_full = answer.logits, answer.on_full
     sets = [
-        (record.indices, chosen.indices, chosen.scores) for record, chosen in zip(kept, pruned.selections, strict=True)
+        (record.indices, chosen.indices, chosen.scores)
+        for record, chosen in zip(answer.kept, pruned.selections, strict=True)
     ]
     ids = engine.ids(sample)
     return Outcome(
@@ -88,14 +126,14 @@ def _compare(original: Original, engine: Engine, plan: Plan, sample: Sample, *, 
         parity=verification.parity_sample(logits, pruned.logits, sets, log_odds=plan.method == "lvpruning"),
         consistency=verification.ConsistencySample(
             full=engine.text(full.tokens),
-            pruned=engine.text(tokens),
+            pruned=engine.text(answer.tokens),
             reference=sample.answer,
             kl=metrics.kl_divergence(full.logits, on_full),
             top1=metrics.top1_matches(full.logits, on_full),
         ),
         same_ids=ids == full.ids,
         prompt_tokens=len(ids),
-        has_image=sample.image is not None,
+        images=len(sample.images),
         spectrum=[
             (layer, metrics.ipr(states), metrics.ipr(pruned.hidden[layer]))
             for layer, states in sorted(full.hidden.items())
@@ -130,9 +168,9 @@ def _report(model: Model, outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def _flops(model: Model, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """FLOPs of the median prompt, in the shape of ``tokprune flops``."""
+    """FLOPs of the median prompt with one image, in the shape of ``tokprune flops``."""
     tokens = model.pipeline.facts.vision.tokens
-    with_image = [outcome.prompt_tokens - tokens for outcome in outcomes if outcome.has_image]
+    with_image = [outcome.prompt_tokens - tokens for outcome in outcomes if outcome.images == 1]
     if not with_image:
         return {}
     counter = flops.from_manifest(model.bundle.manifest)

@@ -57,13 +57,14 @@ def bench(
             )
         if full.facts != pruned.facts or full.manifest.precision != pruned.manifest.precision:
             raise UserError(f"{full.bundle.path} is another model, or another precision, than {pruned.bundle.path}")
+    pipelines = [pruned] if full is None else [pruned, full]
     count = text_tokens + pruned.facts.vision.tokens + new_tokens
-    if count > pruned.facts.context:
+    capacity = min(pipeline.manifest.limits.max_kv_capacity for pipeline in pipelines)
+    if count > capacity:
         raise UserError(
             f"--text-tokens {text_tokens} and --new-tokens {new_tokens} make {count} tokens with an image, the model's "
-            f"context is {pruned.facts.context}: ask for fewer"
+            f"context, or the bundle's KV cache, is {capacity}: ask for fewer"
         )
-    pipelines = [pruned] if full is None else [pruned, full]
     timings = [Timing([], []) for _ in pipelines]
     for number in range(rounds + 2):  # the first two warm up: allocations, thread pools
         # who goes first changes from round to round
@@ -85,9 +86,9 @@ def _measure(pipeline: Pipeline, text_tokens: int, new_tokens: int) -> tuple[Met
     prefill, decode = Meter(), Meter()
     state = pipeline.new_state()
     features = pipeline.encode_images(noise.astype(np.float32), prefill)
-    logits, _ = pipeline.forward(state, ids, prefill, image_features=features)
+    logits, _ = pipeline.forward(state, [ids], prefill, image_features=features)
     for _ in range(new_tokens):
-        logits, _ = pipeline.forward(state, [int(logits[-1].argmax())], decode)
+        logits, _ = pipeline.forward(state, [[int(logits[0, -1].argmax())]], decode)
     return prefill, decode
 
 

@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,19 @@ from tokprune.runtime.preprocess import load_image, pixel_values, read_image_spe
 from tokprune.runtime.prompt import Tokenizer, expand_image_tokens, next_turn_text, prompt_text
 from tokprune.runtime.session import make_backend
 
+Picture = Image.Image | Path | str  # an image, or its file
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer of a batch; white space around ``text`` is dropped. What ``generation`` took is the batch's."""
+
+    text: str
+    generation: Generation
+
 
 class Model:
-    """A bundle, loaded and ready; ``chat()`` starts a conversation."""
+    """A bundle, loaded and ready; ``chat()`` starts a conversation, ``answer()`` takes many questions at once."""
 
     def __init__(self, bundle: Bundle, engine: str = "auto", threads: int = 0) -> None:
         self.bundle = bundle
@@ -41,6 +52,63 @@ class Model:
     def chat(self) -> Chat:
         """A new, empty conversation."""
         return Chat(self)
+
+    def answer(
+        self,
+        questions: Sequence[str],
+        images: Sequence[Picture | Sequence[Picture] | None] | None = None,
+        *,
+        sampling: Sampling | None = None,
+        max_new_tokens: int = 128,
+    ) -> list[Answer]:
+        """Answer the questions as one batch. ``images`` has an entry for each: an image, several, or None.
+
+        Raises UserError for no or too many questions, images that do not match them, unreadable ones or bad prompts.
+        """
+        started = time.perf_counter()
+        state = self.pipeline.new_state(len(questions))
+        given = [None] * len(questions) if images is None else images
+        if len(given) != len(questions):
+            raise UserError(
+                f"{len(questions)} questions were given with images for {len(given)}: give each question an entry, "
+                "None where it has no image"
+            )
+        pictures = [_several(entry) for entry in given]
+        pixels = self.pixels([picture for entry in pictures for picture in entry])
+        prompts = [self.prompt(text, len(entry)) for text, entry in zip(questions, pictures, strict=True)]
+        results = [Generation(prompt_tokens=len(prompt)) for prompt in prompts]
+        steps = generate(
+            self.pipeline,
+            state,
+            prompts,
+            results,
+            pixel_values=pixels,
+            sampling=sampling,
+            max_new_tokens=max_new_tokens,
+            started=started,
+        )
+        for _ in steps:
+            pass  # the results fill up
+        return [Answer(self.tokenizer.decode(result.token_ids).strip(), result) for result in results]
+
+    def prompt(self, question: str, images: int, *, first: bool = True) -> list[int]:
+        """Token ids of a turn with ``images`` images, N tokens for each; of a later turn unless ``first``."""
+        form, reserved = self.bundle.manifest.prompt, self.tokenizer.special_tokens
+        write = prompt_text if first else next_turn_text
+        ids = self.tokenizer.encode(write(form, question, images, reserved), special=first)
+        facts = self.bundle.manifest.model
+        return expand_image_tokens(ids, facts.image_token_id, [facts.vision.tokens] * images)
+
+    def pixels(self, images: Sequence[Picture]) -> np.ndarray | None:
+        """pixel_values [I, 3, H, W] of ``images``; None of none. Raises UserError for unreadable ones."""
+        loaded = [image if isinstance(image, Image.Image) else load_image(image) for image in images]
+        return np.concatenate([pixel_values(image, self.image_spec) for image in loaded]) if loaded else None
+
+
+def _several(entry: Picture | Sequence[Picture] | None) -> Sequence[Picture]:
+    if entry is None:
+        return ()
+    return [entry] if isinstance(entry, (Image.Image, Path, str)) else entry
 
 
 def load(path: Path | str, *, engine: str = "auto", threads: int = 0, check_hashes: bool = False) -> Model:
@@ -60,29 +128,22 @@ class Chat:
     def ask(
         self,
         question: str,
-        images: Sequence[Image.Image | Path | str] = (),
+        images: Sequence[Picture] = (),
         *,
         sampling: Sampling | None = None,
         max_new_tokens: int = 128,
     ) -> Iterator[str]:
         """Yield the answer's text as it grows. Raises UserError for unreadable images or a bad prompt."""
         started = time.perf_counter()
-        model, facts = self._model, self._model.pipeline.facts
-        form, reserved = model.bundle.manifest.prompt, model.tokenizer.special_tokens
-        loaded = [image if isinstance(image, Image.Image) else load_image(image) for image in images]
-        pixels = np.concatenate([pixel_values(image, model.image_spec) for image in loaded]) if loaded else None
-        if self.last is None:
-            new = model.tokenizer.encode(prompt_text(form, question, len(loaded), reserved))
-        else:
-            text = next_turn_text(form, question, len(loaded), reserved)
-            new = model.tokenizer.encode(text, special=False)
-        ids = expand_image_tokens(new, facts.image_token_id, [facts.vision.tokens] * len(loaded))
-        result = Generation(prompt_tokens=len(ids))
-        tokens = generate(
+        model = self._model
+        pixels = model.pixels(images)
+        prompt = model.prompt(question, len(images), first=self.last is None)
+        result = Generation(prompt_tokens=len(prompt))
+        steps = generate(
             model.pipeline,
             self._state,
-            ids,
-            result,
+            [prompt],
+            [result],
             unread=self._unread,
             pixel_values=pixels,
             sampling=sampling,
@@ -90,7 +151,8 @@ class Chat:
             started=started,
         )
         stream = model.tokenizer.stream()
-        for token in tokens:
+        for (token,) in steps:
+            assert token is not None  # the only sequence ends with the steps
             self.last, self._unread = result, [token]
             if piece := stream.push(token):
                 yield piece

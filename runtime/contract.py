@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 from tokprune.runtime import names
 from tokprune.runtime.errors import UserError
+from tokprune.runtime.limits import limit_faults
 from tokprune.runtime.manifest import Manifest, ModelFacts, SegmentFacts
 from tokprune.runtime.plan import Plan, make_plan
 
@@ -119,6 +120,7 @@ def selector_contract(model: ModelFacts, plan: Plan, index: int, dtype: str) -> 
 
 def _faults(manifest: Manifest) -> Iterator[str]:
     yield from _model_faults(manifest.model)
+    yield from limit_faults(manifest.limits, manifest.model.context)
     plan = manifest.plan
     try:
         checked = make_plan(
@@ -147,6 +149,7 @@ def _faults(manifest: Manifest) -> Iterator[str]:
     for segment, contract in zip(manifest.segments, needed, strict=True):
         yield from _segment_faults(segment, contract)
     yield from _file_faults(manifest)
+    yield from _memory_faults(manifest)
 
 
 def _model_faults(model: ModelFacts) -> Iterator[str]:
@@ -209,3 +212,11 @@ def _file_faults(manifest: Manifest) -> Iterator[str]:
     for needed in [names.TOKENIZER_FILE, names.PREPROCESSOR_FILE, *modules, *segments]:
         if needed not in listed:
             yield f"it does not list the file {needed}, which it needs"
+
+
+def _memory_faults(manifest: Manifest) -> Iterator[str]:
+    if [weights.segment for weights in manifest.memory] != [segment.name for segment in manifest.segments]:
+        yield "it has not the weights of each segment in order"
+    for weights in manifest.memory:
+        if not 0 <= weights.largest_bytes <= weights.total:
+            yield f"the largest weight of {weights.segment} has {weights.largest_bytes} of {weights.total} bytes"

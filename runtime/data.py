@@ -1,4 +1,7 @@
-"""Data files: JSON lines of {"image", "prompt", "answer"}. Knows paths and text; opens no image."""
+"""Data files: JSON lines of {"image", "prompt", "answer"}. Knows paths and text; opens no image.
+
+"image" is a path, or a list of several that belong to the one prompt, in order.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,10 @@ from tokprune.runtime.errors import UserError
 
 @dataclass(frozen=True)
 class Sample:
-    """One question; ``image`` is an existing file or None, ``answer`` the correct one if it is known."""
+    """One question; ``images`` are existing files, often one, ``answer`` is the correct one if it is known."""
 
     prompt: str
-    image: Path | None = None
+    images: tuple[Path, ...] = ()
     answer: str | None = None
 
 
@@ -43,10 +46,14 @@ def _sample(line: str, path: Path, where: str) -> Sample:
         raise UserError(f"{where} is not valid JSON ({error}): one object a line is needed") from None
     if not isinstance(data, dict) or not isinstance(data.get("prompt"), str) or not data["prompt"].strip():
         raise UserError(f'{where} has no "prompt" text: write {{"image": …, "prompt": …, "answer": …}}')
-    for key in ("image", "answer"):
-        if not isinstance(data.get(key), (str, type(None))):
-            raise UserError(f'{where} has a "{key}" that is no text: write it in quotes, or leave it out')
-    image = path.parent / data["image"] if data.get("image") else None
-    if image is not None and not image.is_file():
-        raise UserError(f"{where} names the image {image}, which is not there: paths are relative to the data file")
-    return Sample(data["prompt"], image, data.get("answer"))
+    if not isinstance(data.get("answer"), (str, type(None))):
+        raise UserError(f'{where} has an "answer" that is no text: write it in quotes, or leave it out')
+    given = data.get("image") or []
+    names = [given] if isinstance(given, str) else given
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise UserError(f'{where} has an "image" that is no path or list of paths: write it in quotes, or leave it out')
+    images = tuple(path.parent / name for name in names)
+    for image in images:
+        if not image.is_file():
+            raise UserError(f"{where} names the image {image}, which is not there: paths are relative to the data file")
+    return Sample(data["prompt"], images, data.get("answer"))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tokprune.runtime.errors import UserError
+from tokprune.runtime.limits import check_rows
 from tokprune.runtime.pipeline import Meter, Pipeline, Pruned, State
 
 
@@ -53,9 +54,10 @@ class Sampler:
 
 @dataclass
 class Generation:
-    """What one turn gave and what it took. ``stop`` is "eos", "length" or "context".
+    """What one turn of a sequence gave, and what it took. ``stop`` is "eos", "length" or "context".
 
-    Times are milliseconds; the prefill's meter includes the vision tower.
+    Times are milliseconds; the prefill's meter includes the vision tower. In a batch, times, steps and meters are the
+    whole batch's, the same for each of its sequences.
     """
 
     prompt_tokens: int
@@ -72,54 +74,67 @@ class Generation:
 def generate(
     pipeline: Pipeline,
     state: State,
-    ids: Sequence[int],
-    result: Generation,
+    prompts: Sequence[Sequence[int]],
+    results: Sequence[Generation],
     *,
     unread: Sequence[int] = (),
     pixel_values: np.ndarray | None = None,
     sampling: Sampling | None = None,
     max_new_tokens: int = 128,
     started: float | None = None,
-) -> Iterator[int]:
-    """Append ``ids`` to the sequence and yield new tokens, filling ``result``; EOS is not yielded.
+) -> Iterator[list[int | None]]:
+    """Append ``prompts`` [B] to the sequences and yield each step's tokens [B], filling ``results`` [B].
 
-    ``unread`` is what the turn before yielded last, if it was never fed back: it is read first, on its own,
-    because an image token that the model wrote is none of this turn's images.
-    ``started`` is the ``time.perf_counter()`` that time to first token counts from. Afterwards the caches
-    hold the prompt and every yielded token but the last; ``State`` can take a next turn.
-    Raises UserError if the prompt does not fit the model's context.
+    A sequence that has ended yields None; EOS is not yielded. ``pixel_values`` [I, 3, H, W] are the images of all
+    prompts, in order. Each sequence has a sampler of its own, so an answer does not depend on the batch it is in.
+    ``unread`` is what the turn before yielded last in a sequence on its own, if it was never fed back: it is read
+    first, by itself, because an image token that the model wrote is none of this turn's images.
+    ``started`` is the ``time.perf_counter()`` that time to first token counts from. Afterwards the caches of a
+    sequence on its own hold the prompt and every yielded token but the last; ``State`` can take a next turn. Those of
+    a batch cannot: a sequence that has ended is fed on until the last one has.
+    Raises UserError if the prompts are longer than the bundle's limits.
     """
     begin = time.perf_counter() if started is None else started
-    context = pipeline.facts.context
-    length = state.position + len(unread) + len(ids)
-    if length >= context:
-        raise UserError(
-            f"the prompt has {length} tokens with its images and earlier turns, the model's context "
-            f"is {context}: give a shorter prompt"
-        )
+    longest = max(map(len, prompts))
+    check_rows(pipeline.manifest, state.rows + len(unread), longest, room=1)
     if max_new_tokens < 1:
         raise UserError(f"{max_new_tokens} new tokens were asked for: give at least 1")
-    sampler = Sampler(sampling or Sampling())
-    features = None if pixel_values is None else pipeline.encode_images(pixel_values, result.prefill)
+    samplers = [Sampler(sampling or Sampling()) for _ in prompts]
+    prefill, decode = Meter(), Meter()
+    for result in results:
+        result.prefill, result.decode = prefill, decode
+    features = None if pixel_values is None else pipeline.encode_images(pixel_values, prefill)
     if unread:
-        pipeline.forward(state, unread, result.prefill)
-    logits, result.pruned = pipeline.forward(state, ids, result.prefill, image_features=features)
-    token = sampler.choose(logits[-1])
-    result.ttft_ms = 1e3 * (time.perf_counter() - begin)
+        pipeline.forward(state, [unread], prefill)
+    logits, pruned = pipeline.forward(state, prompts, prefill, image_features=features)
+    tokens = [sampler.choose(rows[-1]) for sampler, rows in zip(samplers, logits, strict=True)]
+    ttft_ms = 1e3 * (time.perf_counter() - begin)
+    for result, records in zip(results, pruned, strict=True):
+        result.pruned, result.ttft_ms = records, ttft_ms
     while True:
-        if token in pipeline.facts.eos_token_ids:
-            result.stop = "eos"
+        step: list[int | None] = [None] * len(tokens)
+        for index, (result, token) in enumerate(zip(results, tokens, strict=True)):
+            if not result.stop and token in pipeline.facts.eos_token_ids:
+                result.stop = "eos"
+            elif not result.stop:
+                result.token_ids.append(token)
+                step[index] = token
+        if all(result.stop for result in results):
             return
-        result.token_ids.append(token)
-        yield token
-        if len(result.token_ids) == max_new_tokens:
-            result.stop = "length"
-            return
-        if state.position == context:
-            result.stop = "context"
+        yield step
+        for result in results:
+            if not result.stop and len(result.token_ids) == max_new_tokens:
+                result.stop = "length"
+            elif not result.stop and state.rows == pipeline.manifest.limits.max_kv_capacity:
+                result.stop = "context"
+        if all(result.stop for result in results):
             return
         begin = time.perf_counter()
-        logits, _ = pipeline.forward(state, [token], result.decode)
-        token = sampler.choose(logits[-1])
-        result.decode_ms += 1e3 * (time.perf_counter() - begin)
-        result.decode_steps += 1
+        logits, _ = pipeline.forward(state, [[token] for token in tokens], decode)
+        for index, (result, sampler) in enumerate(zip(results, samplers, strict=True)):
+            if not result.stop:
+                tokens[index] = sampler.choose(logits[index, -1])
+        step_ms = 1e3 * (time.perf_counter() - begin)
+        for result in results:
+            result.decode_ms += step_ms
+            result.decode_steps += 1

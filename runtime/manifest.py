@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from tokprune.runtime.errors import UserError
 from tokprune.runtime.plan import Plan
 
-SCHEMA = 2
+SCHEMA = 3
 T = TypeVar("T")
 
 
@@ -114,12 +114,34 @@ class SegmentFacts:
 
 
 @dataclass(frozen=True)
+class SegmentWeights:
+    """Weights that one segment's graph reads, in bytes; ``largest`` names the greatest one, a contiguous allocation."""
+
+    segment: str
+    total: int
+    largest: str
+    largest_bytes: int
+
+
+@dataclass(frozen=True)
 class FileFacts:
     """A file of the bundle: path relative to it, with forward slashes; size in bytes."""
 
     path: str
     size: int
     sha256: str
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The largest call that a bundle, and each engine made from it, is for.
+
+    Lengths are those of the longest sequence of a batch, counted as if nothing were pruned.
+    """
+
+    max_batch: int  # sequences at a time
+    max_input_length: int  # rows of one call, N for each image among them
+    max_kv_capacity: int  # rows of prompts and answers together
 
 
 @dataclass(frozen=True)
@@ -133,8 +155,10 @@ class Manifest:
     plan: Plan
     precision: str
     prompt: PromptFormat
+    limits: Limits
     segments: tuple[SegmentFacts, ...]
     files: tuple[FileFacts, ...]
+    memory: tuple[SegmentWeights, ...]  # of each segment, in their order
 
     def segment(self, name: str) -> SegmentFacts:
         """The segment of that name; KeyError if the plan has none."""

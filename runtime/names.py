@@ -65,3 +65,8 @@ def past(layer: int, which: str) -> str:
 def present(layer: int, which: str) -> str:
     """Name of a layer's cache output: [B, heads_kv, P + S, head_dim]."""
     return f"present.{layer}.{which}"
+
+
+def state(layer: int) -> str:
+    """Name, within a decoder's graph, of the states that enter ``layer``: [B, S, D]."""
+    return f"hidden_states.{layer}"

@@ -1,6 +1,6 @@
 """Runs a bundle's segments in order: prefill with selection between the decoders, then decode steps.
 
-Knows row layouts, caches and positions; knows no text and no image files. One sequence at a time.
+Knows row layouts, caches and positions; knows no text and no image files. Sequences run in batches, of one or more.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import numpy as np
 
 from tokprune.runtime import names
 from tokprune.runtime.bundle import Bundle
-from tokprune.runtime.layout import Layout
+from tokprune.runtime.layout import Batch, Layout, left_pad
+from tokprune.runtime.limits import check_batch, check_rows
 from tokprune.runtime.prompt import visual_rows
 from tokprune.runtime.session import Backend, Session, Tensor
 
@@ -22,6 +23,7 @@ from tokprune.runtime.session import Backend, Session, Tensor
 class Pruned:
     """What one stage did to one image. ``indices`` count the image's original patches, row by row.
 
+    ``image`` counts the images that its sequence has in the call.
     ``scores`` [total] belong to the tokens that entered the stage, ``candidates`` [total] says which
     original patches those are.
     """
@@ -49,11 +51,12 @@ class Meter:
 
 @dataclass
 class State:
-    """A sequence so far: KV cache and cached rows of each decoder, and the next unpruned position."""
+    """B sequences so far: each decoder's KV cache, and where the sequences go on."""
 
     caches: dict[str, Tensor]  # by past_key_values name
-    lengths: dict[str, int]  # rows in the cache, by decoder segment
-    position: int = 0
+    masks: dict[str, np.ndarray]  # [B, P] int64 by decoder segment: 0 for the cache's pads
+    positions: np.ndarray  # [B] int64, the next unpruned position of each
+    rows: int = 0  # read so far as if nothing were pruned, pads among them: what the limits are held against
 
 
 class Pipeline:
@@ -74,16 +77,18 @@ class Pipeline:
         for segment in self.manifest.segments:
             self._session(segment.name)
 
-    def new_state(self) -> State:
-        """An empty sequence."""
+    def new_state(self, batch: int = 1) -> State:
+        """``batch`` empty sequences. Raises UserError if there are none, or more than the bundle is made for."""
+        check_batch(self.manifest.limits, batch)
         caches = {}
         for _, name, _ in self._decoders:
             for tensor in self.manifest.segment(name).inputs:
                 if tensor.name.startswith("past_key_values."):
-                    dynamic = {names.BATCH: 1, names.PAST: 0}
+                    dynamic = {names.BATCH: batch, names.PAST: 0}
                     shape = [dim if isinstance(dim, int) else dynamic[dim] for dim in tensor.shape]
                     caches[tensor.name] = self.backend.to_device(np.zeros(shape, dtype=tensor.dtype))
-        return State(caches, {name: 0 for _, name, _ in self._decoders})
+        masks = {name: np.ones((batch, 0), dtype=np.int64) for _, name, _ in self._decoders}
+        return State(caches, masks, np.zeros(batch, dtype=np.int64))
 
     def encode_images(self, pixel_values: np.ndarray, meter: Meter) -> np.ndarray:
         """pixel_values [I, 3, H, W] → image features [I, N, D]."""
@@ -95,71 +100,76 @@ class Pipeline:
     def forward(
         self,
         state: State,
-        ids: Sequence[int],
+        prompts: Sequence[Sequence[int]],
         meter: Meter,
         *,
         image_features: np.ndarray | None = None,
         logits_rows: Sequence[int] = (-1,),
-    ) -> tuple[np.ndarray, list[Pruned]]:
-        """Append ``ids`` to the sequence: logits [T, V] float32 of the asked text rows, and what was pruned.
+    ) -> tuple[np.ndarray, list[list[Pruned]]]:
+        """Append ``prompts``, of any lengths, to the B sequences: (logits [B, T, V] float32, what was pruned of each).
 
-        With ``image_features`` [I, N, D], each run of N image tokens in ``ids`` stands for one image. Rows of
-        the call may be asked for from the end, as -1. A call without images runs unpruned.
-        Raises ValueError if images and image tokens do not match.
+        With ``image_features`` [I, N, D], each run of N image tokens in the prompts stands for one image, in order.
+        ``logits_rows`` [T] are text rows of each prompt, from the end as -1. A call without images runs unpruned.
+        Raises UserError if the call is larger than the bundle's limits, ValueError if prompts and sequences, or images
+        and image tokens, do not match.
         """
-        count = len(ids)
+        ids = [np.asarray(prompt, dtype=np.int64) for prompt in prompts]
+        if len(ids) != len(state.positions) or not all(map(len, ids)):
+            raise ValueError(f"{len(ids)} prompts, none of them empty, are needed for {len(state.positions)} sequences")
         tokens = self.facts.vision.tokens
         # without images, an image token is one that the model has written: an embedding like any other
-        visual = (
-            np.empty((0, tokens), dtype=np.int64)
-            if image_features is None
-            else visual_rows(ids, self.facts.image_token_id, tokens)
+        no_image = np.empty((0, tokens), dtype=np.int64)
+        visual = [
+            no_image if image_features is None else visual_rows(row, self.facts.image_token_id, tokens) for row in ids
+        ]
+        images = [len(rows) for rows in visual]
+        if sum(images) != (0 if image_features is None else len(image_features)):
+            raise ValueError(f"{sum(images)} images are in the ids, but features of others were given")
+        batch = Batch(tuple(Layout.of(len(row), rows) for row, rows in zip(ids, visual, strict=True)))
+        check_rows(self.manifest, state.rows, batch.count)
+        wanted = np.array([[row % len(prompt) for row in logits_rows] for prompt in ids], dtype=np.int64)  # [B, T]
+        hidden = self._embed(left_pad(ids), batch, image_features, meter)
+        positions = self.backend.to_device(
+            left_pad([first + np.arange(len(row)) for first, row in zip(state.positions, ids, strict=True)])
         )
-        if len(visual) != (0 if image_features is None else len(image_features)):
-            raise ValueError(f"{len(visual)} images are in the ids, but features of others were given")
-        hidden = self._embed(ids, visual, image_features, meter)
-        positions = self.backend.to_device(np.arange(state.position, state.position + count)[None])
-        layout = Layout.of(count, visual)
-        wanted = np.array([row % count for row in logits_rows], dtype=np.int64)
         selections: list[tuple[int, Tensor, Tensor]] = []
         logits = attention = None
-        stages = self.manifest.plan.stages
         done = 0  # stages behind us
+        state.rows += batch.count
         for index, name, _ in self._decoders:
             while done < index:
-                if len(visual):
+                if sum(images):
                     rows = (hidden, positions, attention)
-                    hidden, positions, layout, kept, scores = self._select(done, rows, layout, meter)
+                    hidden, positions, batch, kept, scores = self._select(done, rows, batch, meter)
                     selections.append((done, kept, scores))
                 done += 1
-            out = self._decode(state, name, hidden, positions, layout, wanted, meter)
+            out = self._decode(state, name, hidden, positions, batch, wanted, meter)
             hidden, logits, attention = (
                 out.get(key) for key in (names.LAST_HIDDEN_STATE, names.LOGITS, names.LAST_ROW_ATTENTION)
             )
-        state.position += count
+        state.positions = state.positions + [len(row) for row in ids]
         assert logits is not None  # the last decoder always has the head
+        stages = self.manifest.plan.stages
         picked = [(stages[i].layer, self.backend.to_host(k), self.backend.to_host(s)) for i, k, s in selections]
-        return self.backend.to_host(logits)[0], _records(picked, len(visual), self.facts.vision.tokens)
+        return self.backend.to_host(logits), _records(picked, images, tokens)
 
-    def _embed(self, ids: Sequence[int], visual: np.ndarray, features: np.ndarray | None, meter: Meter) -> Tensor:
-        feeds = {names.INPUT_IDS: self.backend.to_device(np.asarray(ids, dtype=np.int64)[None])}
-        out = self._run(names.EMBED_TOKENS, feeds, [names.INPUTS_EMBEDS], meter, batch=1, sequence=len(ids))
+    def _embed(self, ids: np.ndarray, batch: Batch, features: np.ndarray | None, meter: Meter) -> Tensor:
+        feeds = {names.INPUT_IDS: self.backend.to_device(ids)}
+        sizes = {"batch": len(ids), "sequence": batch.count}
+        out = self._run(names.EMBED_TOKENS, feeds, [names.INPUTS_EMBEDS], meter, **sizes)
         if features is None:
             return out[names.INPUTS_EMBEDS]
-        embeds = self.backend.to_host(out[names.INPUTS_EMBEDS]).copy()  # [1, S, D]
-        embeds[0, visual] = features
+        embeds = self.backend.to_host(out[names.INPUTS_EMBEDS]).copy()  # [B, S, D]
+        embeds.reshape(-1, embeds.shape[-1])[batch.visual] = features
         return self.backend.to_device(embeds)
 
     def _select(
-        self, stage: int, rows: tuple[Tensor, Tensor, Tensor | None], layout: Layout, meter: Meter
-    ) -> tuple[Tensor, Tensor, Layout, Tensor, Tensor]:
-        template, after = layout.prune(self.manifest.plan.stages[stage].keep)
+        self, stage: int, rows: tuple[Tensor, Tensor, Tensor | None], batch: Batch, meter: Meter
+    ) -> tuple[Tensor, Tensor, Batch, Tensor, Tensor]:
+        template, after = batch.prune(self.manifest.plan.stages[stage].keep)
         at_hand = dict(zip((names.HIDDEN_STATES, names.POSITION_IDS, names.LAST_ROW_ATTENTION), rows, strict=True))
-        indices = {
-            names.VISUAL_INDEX: layout.visual,
-            names.ROW_TEMPLATE: template[None],
-            names.TEXT_INDEX: np.tile(layout.text, (len(layout.visual), 1)),
-        }
+        visual, text = batch.visual, batch.text
+        indices = {names.VISUAL_INDEX: visual, names.ROW_TEMPLATE: template, names.TEXT_INDEX: text}
         # methods differ in what their selectors look at
         wanted = [tensor.name for tensor in self.manifest.segment(names.select(stage)).inputs]
         feeds = {name: self.backend.to_device(indices[name]) if name in indices else at_hand[name] for name in wanted}
@@ -169,11 +179,11 @@ class Pipeline:
             feeds,
             outputs,
             meter,
-            batch=1,
-            sequence=layout.count,
+            batch=len(batch.sequences),
+            sequence=batch.count,
             rows=after.count,
-            images=len(layout.visual),
-            text_rows=len(layout.text),
+            images=len(visual),
+            text_rows=text.shape[1],
         )
         kept_hidden, kept_positions, kept, scores = (out[name] for name in outputs)
         return kept_hidden, kept_positions, after, kept, scores
@@ -184,20 +194,21 @@ class Pipeline:
         name: str,
         hidden: Tensor,
         positions: Tensor,
-        layout: Layout,
+        batch: Batch,
         wanted: np.ndarray,
         meter: Meter,
     ) -> dict[str, Tensor]:
         """One decoder's outputs; those for its cache go to ``state``."""
         segment = self.manifest.segment(name)
-        past = state.lengths[name]
+        past = state.masks[name].shape[1]
+        mask = np.concatenate([state.masks[name], batch.mask], axis=1)
         feeds = {
             segment.inputs[0].name: hidden,
             names.POSITION_IDS: positions,
-            names.ATTENTION_MASK: self.backend.to_device(np.ones((1, past + layout.count), dtype=np.int64)),
+            names.ATTENTION_MASK: self.backend.to_device(mask),
         }
         if segment.outputs[0].name == names.LOGITS:
-            feeds[names.LOGITS_INDEX] = self.backend.to_device(layout.rows_of(wanted)[None])
+            feeds[names.LOGITS_INDEX] = self.backend.to_device(batch.rows_of(wanted))
         cache_inputs = [tensor.name for tensor in segment.inputs if tensor.name in state.caches]
         feeds.update({cache: state.caches[cache] for cache in cache_inputs})
         out = self._run(
@@ -205,16 +216,16 @@ class Pipeline:
             feeds,
             [tensor.name for tensor in segment.outputs],
             meter,
-            batch=1,
-            sequence=layout.count,
+            batch=len(batch.sequences),
+            sequence=batch.count,
             past_sequence=past,
-            logits_count=len(wanted),
+            logits_count=wanted.shape[1],
         )
         # presents are in the order of the past inputs
         presents = [tensor.name for tensor in segment.outputs if tensor.name.startswith("present.")]
         for cache, present in zip(cache_inputs, presents, strict=True):
             state.caches[cache] = out.pop(present)
-        state.lengths[name] = past + layout.count
+        state.masks[name] = mask
         return out
 
     def _session(self, name: str) -> Session:
@@ -232,13 +243,14 @@ class Pipeline:
         return out
 
 
-def _records(picked: list[tuple[int, np.ndarray, np.ndarray]], images: int, tokens: int) -> list[Pruned]:
-    """Resolve each stage's indices, which count what the stage before kept, to original patches."""
-    records = []
-    alive = [np.arange(tokens) for _ in range(images)]
+def _records(picked: list[tuple[int, np.ndarray, np.ndarray]], images: list[int], tokens: int) -> list[list[Pruned]]:
+    """Resolve each stage's indices, which count what the stage before kept, to original patches, by sequence."""
+    records: list[list[Pruned]] = [[] for _ in images]
+    owners = [(sequence, image) for sequence, count in enumerate(images) for image in range(count)]
+    alive = [np.arange(tokens) for _ in owners]
     for layer, kept, scores in picked:
-        for image in range(images):
-            before = alive[image]
-            alive[image] = before[kept[image]]
-            records.append(Pruned(layer, image, len(alive[image]), len(before), alive[image], before, scores[image]))
+        for slot, (sequence, image) in enumerate(owners):
+            before, after = alive[slot], alive[slot][kept[slot]]
+            records[sequence].append(Pruned(layer, image, len(after), len(before), after, before, scores[slot]))
+            alive[slot] = after
     return records

@@ -141,7 +141,7 @@ def expand_image_tokens(ids: Sequence[int], image_token_id: int, counts: Sequenc
     return expanded
 
 
-def visual_rows(ids: Sequence[int], image_token_id: int, tokens: int) -> np.ndarray:
+def visual_rows(ids: Sequence[int] | np.ndarray, image_token_id: int, tokens: int) -> np.ndarray:
     """Rows [I, N] int64 of the expanded ``ids`` that hold image tokens, N = ``tokens`` for each image."""
     rows = np.flatnonzero(np.asarray(ids) == image_token_id).astype(np.int64)
     if rows.size % tokens:

@@ -1,4 +1,4 @@
-"""What people read: aligned plain-text tables of a run, a verification, a benchmark and a FLOP count.
+"""What people read: aligned plain-text tables of a run, a verification, a benchmark, FLOPs and memory.
 
 Takes the dicts that ``--json`` prints, so that both always say the same. Knows units; computes nothing.
 """
@@ -31,15 +31,15 @@ def table(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> str:
 
 def flops(count: float | None) -> str:
     """A FLOP count with the unit that suits it, at three digits: 8.66 TFLOP, 13.2 GFLOP."""
-    return _optional(count, _scale)
+    return _optional(count, lambda v: _scale(v, (("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6)), "FLOP"))
 
 
-def _scale(count: float) -> str:
-    for unit, size in (("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6)):
-        if count >= size:
-            value = count / size
+def _scale(count: float, units: Sequence[tuple[str, float]], one: str) -> str:
+    for unit, scale in units:
+        if count >= scale:
+            value = count / scale
             return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"
-    return f"{count:.0f} FLOP"
+    return f"{count:.0f} {one}"
 
 
 def milliseconds(value: float | None) -> str:
@@ -50,6 +50,11 @@ def milliseconds(value: float | None) -> str:
 def megabytes(value: float | None) -> str:
     """Megabytes, whole."""
     return _optional(value, lambda v: f"{v:.0f} MB")
+
+
+def size(count: float | None) -> str:
+    """Bytes with the unit that suits them, at three digits: 13.5 GB, 263 MB."""
+    return _optional(count, lambda v: _scale(v, (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)), "B"))
 
 
 def percent(value: float | None, interval: Sequence[float] | None = None) -> str:
@@ -68,10 +73,14 @@ def _optional(value: float | None, spell: Any) -> str:
 
 
 def pruning_lines(pruning: Mapping[str, Any]) -> list[str]:
-    """One line a stage, or the reason why nothing was pruned."""
+    """One line a stage and image, or the reason why nothing was pruned."""
     if not pruning["applied"]:
         return [f"not pruned: {pruning['reason']}"]
-    return [f"layer {s['layer']}: kept {s['kept']} of {s['total']} visual tokens" for s in pruning["stages"]]
+    stages = pruning["stages"]
+    lines = [f"layer {s['layer']}: kept {s['kept']} of {s['total']} visual tokens" for s in stages]
+    if not any(s["image"] for s in stages):
+        return lines
+    return [f"image {s['image']}, {line}" for s, line in zip(stages, lines, strict=True)]
 
 
 def run_report(result: Mapping[str, Any]) -> str:
@@ -113,11 +122,52 @@ def flops_report(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def memory_report(result: Mapping[str, Any]) -> str:
+    """The bytes of ``tokprune memory`` by segment, predicted peaks, and the modules that have room for them."""
+    caches, activations = result["kv_bytes"], result["activation_bytes"]
+    rows = [
+        (name, size(weights), size(caches.get(name)), size(activations.get(name)))
+        for name, weights in result["weights_bytes"].items()
+    ]
+    weights, cached = sum(result["weights_bytes"].values()), sum(caches.values())
+    rows.append(("all", size(weights), size(cached), ""))
+    largest = result["largest_weight"]
+    lines = [
+        f"{result['model']}, {result['plan']}; {result['precision']}",
+        f"{result['text_tokens']} text and {result['visual_tokens']} visual tokens, {result['new_tokens']} new ones, "
+        f"batch {result['batch']}",
+        "",
+        table(rows, ("segment", "weights", "KV cache", "activations")),
+        "",
+        f"KV cache, unpruned: {size(result['kv_bytes_unpruned'])}; "
+        f"largest weight: {largest['name']} of {largest['segment']}, {size(largest['bytes'])}",
+        memory_verdict(result),
+    ]
+    return "\n".join(lines)
+
+
+def memory_verdict(result: Mapping[str, Any]) -> str:
+    """Predicted peaks, which Jetson modules have room for them, and what would fit those that have not."""
+    peaks, fits = result["peak_bytes"], {True: "fits", False: "no"}
+    modules = [(m["name"], size(m["available_bytes"]), fits[m["run"]], fits[m["build"]]) for m in result["modules"]]
+    cpu = peaks["onnxruntime_cpu"]
+    on_cpu = "" if cpu is None else f"{size(cpu)} with ONNX Runtime on the CPU, "
+    lines = [
+        f"predicted peak: {on_cpu}{size(peaks['tensorrt'])} with TensorRT, "
+        f"{size(result['build_bytes'])} to build its engines",
+        "",
+        table(modules, ("TensorRT on", "has for it", "run", "build")),
+        *(f"{m['name']}: {'; '.join(m['instead'])}" for m in result["modules"] if m["instead"]),
+    ]
+    return "\n".join(lines)
+
+
 def parity_text(parity: Mapping[str, Any]) -> str:
     """Our engine against PyTorch with the same pruning."""
     rows = [
         ("samples", parity["samples"]),
         ("max |Δlogit|", number(parity["max_abs_logit_diff"])),
+        ("as a share of the largest", number(parity["max_rel_logit_diff"])),
         ("lowest cosine", number(parity["cosine_min"])),
         ("greedy tokens equal", percent(parity["greedy_agreement"])),
         ("kept tokens shared", percent(parity["kept_overlap"])),

@@ -32,6 +32,7 @@ class ParitySample:
     kept_overlap: float  # mean over stages; 1 without stages
     kept_equal: bool  # in every stage, to the index
     kept_equal_margin: bool  # in every stage, by the margin rule
+    max_rel_logit_diff: float  # the largest difference as a share of the reference's largest logit; NaN as above
 
 
 def parity_sample(
@@ -42,6 +43,7 @@ def parity_sample(
     ``log_odds`` says that the scores are such: lvpruning's. Raises ValueError if the shapes differ.
     """
     difference = metrics.max_abs_diff(ours, reference)
+    largest = float(np.abs(np.asarray(reference, dtype=np.float64)).max())
     same = metrics.top1_matches(ours, reference)
     return ParitySample(
         positions=same.size,
@@ -52,6 +54,7 @@ def parity_sample(
         kept_overlap=float(np.mean([metrics.kept_overlap(a, b) for a, b, _ in kept])) if kept else 1.0,
         kept_equal=all(np.array_equal(np.sort(a), np.sort(b)) for a, b, _ in kept),
         kept_equal_margin=all(metrics.kept_equal_margin(a, scores, log_odds=log_odds) for a, _, scores in kept),
+        max_rel_logit_diff=difference / largest if largest else difference,
     )
 
 
@@ -72,6 +75,7 @@ def parity_summary(samples: Sequence[ParitySample]) -> dict[str, Any]:
         "positions": positions,
         "max_abs_logit_diff": _reduce(np.max, [s.max_abs_logit_diff for s in equal]),
         "max_abs_logit_diff_all": _reduce(np.max, [s.max_abs_logit_diff for s in samples]),
+        "max_rel_logit_diff": _reduce(np.max, [s.max_rel_logit_diff for s in equal]),
         "cosine_min": _reduce(np.min, [s.cosine_min for s in equal]),
         "cosine_min_all": _reduce(np.min, [s.cosine_min for s in samples]),
         "greedy_agreement": sum(s.greedy_matches for s in samples) / positions,

@@ -108,6 +108,43 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def redraw_checkpoint(source: Path, path: Path, *, text: dict | None = None, vision: dict | None = None) -> Path:
+    """A checkpoint with ``source``'s files, another architecture as the configurations say, and other weights.
+
+    Norms and biases are drawn too, which transformers would all make alike.
+    """
+    import torch
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    shutil.copytree(source, path)
+    config = LlavaConfig.from_pretrained(path)
+    for part, changes in ((config.text_config, text or {}), (config.vision_config, vision or {})):
+        for name, value in changes.items():
+            setattr(part, name, value)
+    torch.manual_seed(1)
+    model = LlavaForConditionalGeneration(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter += 0.2 * torch.randn_like(parameter)
+    model.save_pretrained(path)
+    return path
+
+
+def recast_checkpoint(source: Path, path: Path, dtype, change: Callable[[dict], None] = lambda tensors: None) -> Path:
+    """``source`` with its weights in another torch ``dtype``, and as ``change`` makes them, by canonical name."""
+    from safetensors.torch import load_file, save_file
+
+    from tokprune.export.weights import canonical
+
+    shutil.copytree(source, path)
+    stored = {key: tensor.to(dtype) for key, tensor in load_file(source / "model.safetensors").items()}
+    tensors = {canonical(key): tensor for key, tensor in stored.items()}
+    change(tensors)
+    save_file({key: tensors[canonical(key)] for key in stored}, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
 @pytest.fixture(scope="session")
 def tiny_bundle(
     tiny_checkpoint: Path, tiny_modules: Path, tmp_path_factory: pytest.TempPathFactory

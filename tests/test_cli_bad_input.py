@@ -374,8 +374,8 @@ def flip_a_byte(name):
 
 def leaving_link(path):
     outside = path.parent / "outside"
-    (path / "decoder_1.data").rename(outside)
-    (path / "decoder_1.data").symlink_to(outside)
+    (path / "model.safetensors").rename(outside)
+    (path / "model.safetensors").symlink_to(outside)
 
 
 def linked_manifest(path):
@@ -384,8 +384,8 @@ def linked_manifest(path):
 
 
 def link_in_a_circle(path):
-    (path / "decoder_1.data").unlink()
-    (path / "decoder_1.data").symlink_to("decoder_1.data")
+    (path / "model.safetensors").unlink()
+    (path / "model.safetensors").symlink_to("model.safetensors")
 
 
 def as_segment(name, other):
@@ -393,18 +393,23 @@ def as_segment(name, other):
 
 
 def file_path(value):
-    return edit_manifest(lambda data: data["files"][0].update(path=value))
+    """Of the weights, which no segment names."""
+
+    def change(data):
+        next(file for file in data["files"] if file["path"] == "model.safetensors").update(path=value)
+
+    return edit_manifest(change)
 
 
 BUNDLES = {
     "no manifest": (lambda path: (path / "tokprune.json").unlink(), ["is not a bundle"]),
-    "file missing": (lambda path: (path / "decoder_1.data").unlink(), ["lacks its file decoder_1.data"]),
+    "file missing": (lambda path: (path / "model.safetensors").unlink(), ["lacks its file model.safetensors"]),
     "tokenizer missing": (lambda path: (path / "tokenizer.json").unlink(), ["lacks its file tokenizer.json"]),
-    "truncated": (truncate("decoder_1.data", 100), ["decoder_1.data", "100 bytes"]),
-    "longer": (truncate("decoder_1.data", 10_000_000), ["decoder_1.data", "10000000 bytes"]),
-    "altered": (flip_a_byte("decoder_1.data"), ["decoder_1.data", "altered"]),
+    "truncated": (truncate("model.safetensors", 100), ["model.safetensors", "100 bytes"]),
+    "longer": (truncate("model.safetensors", 10_000_000), ["model.safetensors", "10000000 bytes"]),
+    "altered": (flip_a_byte("model.safetensors"), ["model.safetensors", "altered"]),
     "altered graph": (flip_a_byte("decoder_1.onnx"), ["decoder_1.onnx", "altered"]),
-    "schema 3": (edit_manifest(lambda data: data.update(schema=3)), ["schema version 3", "version 2"]),
+    "schema 2": (edit_manifest(lambda data: data.update(schema=2)), ["schema version 2", "version 3"]),
     "schema true": (edit_manifest(lambda data: data.update(schema=True)), ["schema version True"]),
     "no schema": (edit_manifest(lambda data: data.pop("schema")), ["schema version None"]),
     "manifest cut": (truncate("tokprune.json", 1000), ["not valid JSON"]),
@@ -415,7 +420,7 @@ BUNDLES = {
     "absolute path": (file_path("/etc/passwd"), ["/etc/passwd", "outside"]),
     "path to the parent": (file_path("../outside"), ["../outside", "outside"]),
     "path with NUL": (file_path("a\0b"), ["cannot be"]),
-    "link leaving": (leaving_link, ["decoder_1.data", "outside"]),
+    "link leaving": (leaving_link, ["model.safetensors", "outside"]),
     "manifest linked": (linked_manifest, ["tokprune.json", "outside"]),
     "link in a circle": (link_in_a_circle, ["bundle"]),
     "garbage graph": (replace("decoder_1.onnx", b"garbage" * 99), ["decoder_1.onnx", "ONNX Runtime cannot load"]),

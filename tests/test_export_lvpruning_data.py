@@ -64,6 +64,11 @@ def test_lines(folder):
     assert data.without_image == 1
 
 
+def test_a_line_with_several_images(folder):
+    (folder / "data.jsonl").write_text('{"image": ["images/a.png", "images/a.png"], "prompt": "x", "answer": "y"}')
+    assert read_examples(folder / "data.jsonl").examples[0].images == (folder / "images" / "a.png",) * 2
+
+
 CASES = {
     "no answer": ('{"image": "images/a.png", "prompt": "x"}', ["sample 1", '"answer"']),
     "empty answer": ('{"image": "images/a.png", "prompt": "x", "answer": " "}', ["sample 1", '"answer"']),

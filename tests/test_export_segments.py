@@ -11,15 +11,22 @@ import pytest
 import torch
 from transformers import AttentionInterface
 
-from tokprune.export.checkpoint import find_checkpoint, load_model
+from tokprune.export.checkpoint import Checkpoint, find_checkpoint, load_model
 from tokprune.export.segments import ATTENTION, Decoder, EmbedTokens, VisionEncoder, attention
+from tokprune.export.skeleton import skeleton
+from tokprune.export.store import Store
 from tokprune.export.trace import OPSET, save_segment, trace_decoder, trace_embed, trace_vision
+from tokprune.export.weights import Weights
 from tokprune.runtime import names
 
 # FP32 products in another order: a few ulp of activations of order 1, over some layers
 TOLERANCE = 2e-5
 
 LAYERS = {"decoder_0": range(0, 1), "decoder_1": range(1, 3), "decoder_row": range(0, 2)}  # the last one for fastv
+
+
+def store_of(checkpoint: Checkpoint, directory: Path, precision: str) -> Store:
+    return Store(directory, Weights(checkpoint.path, checkpoint.shards), precision)
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +44,15 @@ def traced(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory):
         "decoder_1": Decoder(model, 1, facts.layers),
         "decoder_row": Decoder(model, 0, 2, last_row=True),
     }
+    hollow, store = skeleton(checkpoint, torch.float32), store_of(checkpoint, directory, "fp32")
     graphs = {
-        "vision_encoder": trace_vision(modules["vision_encoder"], facts, torch.float32),
-        "embed_tokens": trace_embed(modules["embed_tokens"]),
-        **{name: trace_decoder(modules[name], facts, torch.float32) for name in LAYERS},
+        "vision_encoder": trace_vision(hollow, facts),
+        "embed_tokens": trace_embed(hollow),
+        "decoder_0": trace_decoder(hollow, facts, 0, 1),
+        "decoder_1": trace_decoder(hollow, facts, 1, facts.layers),
+        "decoder_row": trace_decoder(hollow, facts, 0, 2, last_row=True),
     }
-    segments = {name: save_segment(graph, directory, name, None) for name, graph in graphs.items()}
+    segments = {name: save_segment(graph, store, name, None) for name, graph in graphs.items()}
     sessions = {name: onnxruntime.InferenceSession(directory / f"{name}.onnx") for name in graphs}
     # transformers makes no mask for an attention it does not know, so its own forward needs its own attention
     return facts, load_model(checkpoint, dtype=torch.float32), modules, segments, sessions, directory
@@ -205,9 +215,9 @@ class TestLastRow:
 
     def test_fp16(self, traced, tiny_checkpoint: Path, tmp_path: Path):
         facts, _, modules, _, _, _ = traced
-        model = load_model(find_checkpoint(str(tiny_checkpoint)), dtype=torch.float16, attention=ATTENTION)
-        graph = trace_decoder(Decoder(model, 0, 2, last_row=True), facts, torch.float16)
-        segment = save_segment(graph, tmp_path, "decoder_0", None)
+        checkpoint = find_checkpoint(str(tiny_checkpoint))
+        graph = trace_decoder(skeleton(checkpoint, torch.float16), facts, 0, 2, last_row=True)
+        segment = save_segment(graph, store_of(checkpoint, tmp_path, "fp16"), "decoder_0", None)
         assert (segment.outputs[1].name, segment.outputs[1].dtype) == (names.LAST_ROW_ATTENTION, "float32")
         assert segment.outputs[1].shape == (names.BATCH, names.SEQUENCE)
         feeds = decoder_inputs(facts, "decoder_row", 2, 23, 9)
@@ -225,7 +235,20 @@ class TestLastRow:
 TENSORRT_10_3 = {
     *("Add", "And", "Cast", "Concat", "Constant", "Conv", "Cos", "Div", "Equal", "Erf", "Expand", "Gather"),
     *("GatherElements", "Gelu", "Gemm", "Identity", "LayerNormalization", "LessOrEqual", "MatMul", "Mul", "Neg"),
-    *("Not", "Pow", "Range", "Reciprocal", "ReduceMean", "Reshape", "Shape", "Sigmoid", "Sin", "Slice", "Softmax"),
+    *(
+        "Not",
+        "Or",
+        "Pow",
+        "Range",
+        "Reciprocal",
+        "ReduceMean",
+        "Reshape",
+        "Shape",
+        "Sigmoid",
+        "Sin",
+        "Slice",
+        "Softmax",
+    ),
     *("Split", "Sqrt", "Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze", "Where"),
 }
 
@@ -248,20 +271,22 @@ class TestGraphs:
         assert facts.vision.layers == model.config.vision_config.num_hidden_layers - 1
 
 
-def test_fp16_graphs_are_fp16_outside_norms_and_softmax(tiny_checkpoint: Path, tmp_path: Path):
-    AttentionInterface.register(ATTENTION, attention)
+@pytest.mark.parametrize("name", ["vision_encoder", "decoder_0"])
+def test_fp16_graphs_are_fp16_outside_norms_and_softmax(tiny_checkpoint: Path, tmp_path: Path, name):
     checkpoint = find_checkpoint(str(tiny_checkpoint))
-    model = load_model(checkpoint, dtype=torch.float16, attention=ATTENTION)
-    module = Decoder(model, 0, checkpoint.facts.layers)
-    segment = save_segment(trace_decoder(module, checkpoint.facts, torch.float16), tmp_path, "decoder_0", None)
-    graph = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "decoder_0.onnx")).graph
+    facts, hollow = checkpoint.facts, skeleton(checkpoint, torch.float16)
+    is_vision = name == "vision_encoder"
+    traced = trace_vision(hollow, facts) if is_vision else trace_decoder(hollow, facts, 0, facts.layers)
+    segment = save_segment(traced, store_of(checkpoint, tmp_path, "fp16"), name, None)
+    graph = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / f"{name}.onnx")).graph
     kinds = {item.name: item.type.tensor_type.elem_type for item in [*graph.value_info, *graph.input, *graph.output]}
     half, single = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
     by_op: dict[str, set[int]] = {}
     for node in graph.node:
         by_op.setdefault(node.op_type, set()).add(kinds[node.output[0]])
     assert by_op["Softmax"] == {single}
-    assert by_op["ReduceMean"] == {single}
+    norms = ("LayerNormalization",) if is_vision else ("Pow", "ReduceMean")
+    assert [by_op[norm] for norm in norms] == [{single}] * len(norms)
     assert half in by_op["MatMul"]
     assert all(tensor.dtype in ("float16", "int64") for tensor in segment.inputs)
-    assert segment.outputs[0].dtype == "float32"
+    assert segment.outputs[0].dtype == ("float16" if is_vision else "float32")

@@ -16,6 +16,7 @@ from transformers import DynamicCache
 from tokprune.export.checkpoint import find_checkpoint, load_model
 from tokprune.export.reference import Reference
 from tokprune.export.verify import verify
+from tokprune.export.weights import Weights
 from tokprune.runtime import UserError, names
 from tokprune.runtime.bundle import sha256
 from tokprune.runtime.chat import load
@@ -42,8 +43,21 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
         path = directory / f"{number}.png"
         noise = np.random.default_rng(number).integers(0, 256, (60 + number, 81, 3), dtype=np.uint8)
         Image.fromarray(noise).save(path)
-        found += [Sample("What digit is red?", path, "7"), Sample("How many?", path)]
+        found += [Sample("What digit is red?", (path,), "7"), Sample("How many?", (path,))]
     return [*found, Sample("No picture here?")]
+
+
+@pytest.fixture(scope="module")
+def uneven(samples) -> list[Sample]:
+    """For batches: prompts of other lengths side by side, with one image, two, or none."""
+    one, two, three = (sample.images[0] for sample in samples[:6:2])
+    return [
+        Sample("What digit is red?", (one,)),
+        Sample("How many? Count them one by one.", (two,)),
+        Sample("Same?", (one, three)),
+        Sample("No picture here, and more text than others have?"),
+        Sample("Which of them is the highest one?", (three, two)),
+    ]
 
 
 def prompt(facts) -> tuple[list[int], torch.Tensor]:
@@ -180,15 +194,49 @@ class TestVerify:
             assert min(entry["layer"] for entry in changed) == model.bundle.manifest.plan.stages[0].layer
         assert outcomes[-1].parity.kept_overlap == 1.0  # no image, nothing pruned
 
+    @pytest.mark.parametrize("key", ["none", "lofi", "lofi-2", "lvpruning", "fastv", "fastv-2", "random", "random-0"])
+    def test_batches_equal_pytorch_one_by_one(self, tiny_bundle, checkpoint, uneven, key):
+        """Pads, selections that leave other lengths behind, and several images: PyTorch has none of the first two."""
+        model = load(tiny_bundle(key))
+        result, outcomes = verify(model, checkpoint, uneven, max_new_tokens=6, spectrum_samples=0, batch_size=3)
+        parity = result["parity"]
+        assert parity["greedy_agreement"] == parity["kept_equal"] == parity["same_token_ids"] == 1.0
+        assert parity["answers_equal"] == 1.0
+        assert parity["max_abs_logit_diff"] < 1e-4  # as one by one, above
+        if key == "none":
+            assert result["consistency"]["kl_mean"] < 1e-8
+        assert [outcome.images for outcome in outcomes] == [1, 1, 2, 0, 2]
+
+    def test_pads_in_the_caches_stay_out(self, tiny_bundle, checkpoint, torch_model):
+        """Two sequences take turns of other lengths each: PyTorch has each of them whole, without pads."""
+        pipeline = load(tiny_bundle("none")).pipeline
+        ids, pixels = prompt(checkpoint.facts)
+        state, features = pipeline.new_state(2), pipeline.encode_images(pixels.numpy(), Meter())
+        turns = ([ids, [0, 9, 30]], [[40], [41, 42, 43, 44]], [[50, 51, 52], [53]])
+        pipeline.forward(state, turns[0], Meter(), image_features=features)
+        pipeline.forward(state, turns[1], Meter())
+        logits, _ = pipeline.forward(state, turns[2], Meter(), logits_rows=[-1, 0])
+        assert state.positions.tolist() == [len(ids) + 4, 8]
+        for number, image in enumerate((pixels, None)):
+            whole = [token for turn in turns for token in turn[number]]
+            with torch.inference_mode():
+                expected = torch_model(input_ids=torch.tensor([whole]), pixel_values=image).logits[0].numpy()
+            rows = expected[[-1, len(whole) - len(turns[2][number])]]
+            np.testing.assert_allclose(logits[number], rows, atol=1e-4)
+
+    def test_a_batch_larger_than_the_bundle_is_for(self, tiny_bundle, checkpoint, samples):
+        with pytest.raises(UserError, match="a batch of 5 prompts was given, the bundle was exported for 4 at most"):
+            verify(load(tiny_bundle("none")), checkpoint, samples, batch_size=5)
+
     def test_fastv_in_a_later_turn_scores_by_that_turns_last_row(self, tiny_bundle, checkpoint):
         """The image comes behind four rows in the cache: the row covers them, the scores are the image's."""
         facts, pipeline = checkpoint.facts, load(tiny_bundle("fastv")).pipeline
         eager = load_model(checkpoint, dtype=torch.float32, attention="eager")
         ids, pixels = prompt(facts)
         state = pipeline.new_state()
-        pipeline.forward(state, [0, 9, 40, 41], Meter())
+        pipeline.forward(state, [[0, 9, 40, 41]], Meter())
         features = pipeline.encode_images(pixels.numpy(), Meter())
-        _, (pruned,) = pipeline.forward(state, ids, Meter(), image_features=features)
+        _, [[pruned]] = pipeline.forward(state, [ids], Meter(), image_features=features)
         whole = [0, 9, 40, 41, *ids]
         with torch.inference_mode():
             weights = eager(input_ids=torch.tensor([whole]), pixel_values=pixels, output_attentions=True).attentions[0]
@@ -200,12 +248,14 @@ class TestVerify:
         """One weight of the last decoder is changed: parity must show it, consistency too."""
         broken = shutil.copytree(tiny_bundle("uniform"), tmp_path / "broken")
         manifest = json.loads((broken / names.MANIFEST_FILE).read_text())
-        data = np.fromfile(broken / "decoder_1.data", dtype=np.float32)
-        data[:2000] *= 1.5
-        data.tofile(broken / "decoder_1.data")
+        shard = broken / "model.safetensors"
+        head = Weights(broken, [shard])["lm_head.weight"]
+        data = np.memmap(shard, np.float32, "r+", head.offset, (2000,))
+        data *= 1.5
+        data.flush()
         for entry in manifest["files"]:
-            if entry["path"] == "decoder_1.data":
-                entry["sha256"] = sha256(broken / "decoder_1.data")
+            if entry["path"] == shard.name:
+                entry["sha256"] = sha256(shard)
         (broken / names.MANIFEST_FILE).write_text(json.dumps(manifest))
         result, _ = verify(load(broken), checkpoint, samples[:2], max_new_tokens=3, spectrum_samples=0)
         assert result["parity"]["max_abs_logit_diff"] > 1e-3

@@ -8,7 +8,7 @@ from test_runtime_manifest import MANIFEST
 
 from tokprune.runtime.contract import check_manifest, contracts
 from tokprune.runtime.errors import UserError
-from tokprune.runtime.manifest import FileFacts, FlopsTerm, Manifest, SegmentFacts, TensorFacts
+from tokprune.runtime.manifest import FileFacts, FlopsTerm, Manifest, SegmentFacts, SegmentWeights, TensorFacts
 from tokprune.runtime.plan import Module, Plan, Rank, Stage
 
 PLANS = {
@@ -23,7 +23,7 @@ PLANS = {
 
 def manifest_of(plan: Plan, precision: str = "fp32") -> Manifest:
     """A whole manifest without any file: what the contract says, with the open lengths filled in."""
-    bare = dataclasses.replace(MANIFEST, plan=plan, precision=precision, segments=(), files=())
+    bare = dataclasses.replace(MANIFEST, plan=plan, precision=precision, segments=(), files=(), memory=())
 
     def tensors(wanted):
         return tuple(
@@ -46,7 +46,8 @@ def manifest_of(plan: Plan, precision: str = "fp32") -> Manifest:
     if plan.method == "lvpruning":
         paths += ["modules.safetensors", "modules.json"]
     files = tuple(FileFacts(path, 1, "0" * 64) for path in paths)
-    return dataclasses.replace(bare, segments=segments, files=files)
+    memory = tuple(SegmentWeights(segment.name, 3, "weight", 2) for segment in segments)
+    return dataclasses.replace(bare, segments=segments, files=files, memory=memory)
 
 
 def names_of(plan):
@@ -133,6 +134,11 @@ CONTRADICTIONS = {
     "no rank": (lambda m: m["plan"].update(rank=None), "needs a rank"),
     "seed of lofi": (lambda m: m["plan"].update(seed=3), "a rank, a seed or a module"),
     "negative seed": (lambda m: m["plan"].update(seed=-3), "seed -3"),
+    "no batch": (lambda m: m["limits"].update(max_batch=0), "largest batch is 0"),
+    "no input": (lambda m: m["limits"].update(max_input_length=0), "largest input length is 0"),
+    "negative cache": (lambda m: m["limits"].update(max_kv_capacity=-1), "largest KV cache capacity is -1"),
+    "input beyond the cache": (lambda m: m["limits"].update(max_input_length=121), "inputs of 121 tokens"),
+    "cache beyond the context": (lambda m: m["limits"].update(max_kv_capacity=129), "the model's context of 128"),
     "precision": (lambda m: m.update(precision="fp8"), "'fp8'"),
     "source": (lambda m: m.update(source={}), "names no model"),
     "prompt without text": (lambda m: m["prompt"].update(user="USER:"), "prompt format"),
@@ -174,6 +180,10 @@ CONTRADICTIONS = {
     "negative size": (lambda m: m["files"][0].update(size=-1), "-1 bytes"),
     "no hash": (lambda m: m["files"][0].update(sha256="x"), "no SHA-256"),
     "tokenizer not listed": (lambda m: m["files"].pop(0), "tokenizer.json, which it needs"),
+    "weights of a segment missing": (lambda m: m["memory"].pop(), "weights of each segment"),
+    "weights in another order": (lambda m: swap(m["memory"], 1, 2), "weights of each segment"),
+    "largest weight": (lambda m: m["memory"][2].update(largest_bytes=4), "of decoder_0 has 4 of 3 bytes"),
+    "negative weight": (lambda m: m["memory"][2].update(largest_bytes=-1), "of decoder_0 has -1 of 3 bytes"),
     "graph not listed": (lambda m: m["segments"][0].update(file="v.onnx"), "v.onnx, which it needs"),
 }
 

@@ -22,7 +22,13 @@ def data(tmp_path):
 
 def test_samples(data, tmp_path):
     path = data('{"prompt": "a", "image": "cat.png", "answer": "b", "form": 3}\n\n  \n{"prompt": "c", "image": null}\n')
-    assert read_samples(path) == [Sample("a", tmp_path / "cat.png", "b"), Sample("c", None, None)]
+    assert read_samples(path) == [Sample("a", (tmp_path / "cat.png",), "b"), Sample("c")]
+
+
+def test_several_images(data, tmp_path):
+    (tmp_path / "dog.png").write_bytes(b"nor this")
+    path = data('{"prompt": "a", "image": ["dog.png", "cat.png"]}\n{"prompt": "b", "image": []}\n')
+    assert read_samples(path) == [Sample("a", (tmp_path / "dog.png", tmp_path / "cat.png")), Sample("b")]
 
 
 def test_limit_leaves_later_lines_unread(data):
@@ -55,7 +61,11 @@ def test_windows_file(data):
         ('{"prompt": 3}', '"prompt"'),
         ('{"prompt": " "}', '"prompt"'),
         ('{"prompt": "a", "answer": 3}', '"answer" that is no text'),
-        ('{"prompt": "a", "image": ["cat.png"]}', '"image" that is no text'),
+        ('{"prompt": "a", "image": 3}', '"image" that is no path'),
+        ('{"prompt": "a", "image": {"cat.png": 1}}', '"image" that is no path'),
+        ('{"prompt": "a", "image": ["cat.png", 3]}', '"image" that is no path'),
+        ('{"prompt": "a", "image": ["cat.png", ""]}', '"image" that is no path'),
+        ('{"prompt": "a", "image": ["cat.png", "dog.png"]}', "dog.png, which is not there"),
         ('{"prompt": "a", "image": "dog.png"}', "dog.png, which is not there"),
         ('{"prompt": "a", "image": "."}', "which is not there"),
     ],

@@ -16,6 +16,7 @@ from tokprune.runtime.cli.flops import command
 from tokprune.runtime.errors import UserError
 from tokprune.runtime.manifest import (
     FlopsTerm,
+    Limits,
     Manifest,
     ModelFacts,
     PromptFormat,
@@ -133,13 +134,14 @@ def manifest() -> Manifest:
 
     decoder = (10, {names.SEQUENCE: 1}), (1, {names.SEQUENCE: 2}), (1, {names.SEQUENCE: 1, names.PAST: 1})
     return Manifest(
-        schema=1,
+        schema=3,
         tools={},
         source={},
         model=TINY,
         plan=Plan("lofi", (Stage(2, 4),), Rank(components=2)),
         precision="fp32",
         prompt=PromptFormat("", "{text}", ""),
+        limits=Limits(1, 64, 64),
         segments=(
             segment("vision_encoder", (5, {names.IMAGES: 1})),
             segment("embed_tokens"),
@@ -148,6 +150,7 @@ def manifest() -> Manifest:
             segment("decoder_1", *decoder, (3, {names.LOGITS_COUNT: 1})),
         ),
         files=(),
+        memory=(),
     )
 
 

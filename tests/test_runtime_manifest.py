@@ -10,17 +10,19 @@ from tokprune.runtime.manifest import (
     SCHEMA,
     FileFacts,
     FlopsTerm,
+    Limits,
     Manifest,
     ModelFacts,
     PromptFormat,
     SegmentFacts,
+    SegmentWeights,
     TensorFacts,
     VisionFacts,
 )
 from tokprune.runtime.plan import Plan, Rank, Stage
 
 MANIFEST = Manifest(
-    schema=2,
+    schema=3,
     tools={"tokprune": "0.1.0"},
     source={"model": "tïny"},
     model=ModelFacts(
@@ -41,6 +43,7 @@ MANIFEST = Manifest(
     plan=Plan("lofi", (Stage(1, 6),), Rank(energy=0.9)),
     precision="fp32",
     prompt=PromptFormat(image="<image>\n", user="USER: {text} ", assistant="ASSISTANT:"),
+    limits=Limits(max_batch=4, max_input_length=100, max_kv_capacity=120),
     segments=(
         SegmentFacts(
             name="decoder_0",
@@ -53,11 +56,12 @@ MANIFEST = Manifest(
         SegmentFacts("embed_tokens", "embed_tokens.onnx", None, (), (), ()),
     ),
     files=(FileFacts("tokenizer.json", 23915, "ab" * 32),),
+    memory=(SegmentWeights("decoder_0", 2**40, "lm_head.weight", 2**30),),
 )
 
-# What version 2 of the schema looks like: a change here is a change of the format, and needs a new version.
+# What version 3 of the schema looks like: a change here is a change of the format, and needs a new version.
 TEXT = """{
- "schema": 2,
+ "schema": 3,
  "tools": {
   "tokprune": "0.1.0"
  },
@@ -109,6 +113,11 @@ TEXT = """{
   "image": "<image>\\n",
   "user": "USER: {text} ",
   "assistant": "ASSISTANT:"
+ },
+ "limits": {
+  "max_batch": 4,
+  "max_input_length": 100,
+  "max_kv_capacity": 120
  },
  "segments": [
   {
@@ -163,6 +172,14 @@ TEXT = """{
    "size": 23915,
    "sha256": "abababababababababababababababababababababababababababababababab"
   }
+ ],
+ "memory": [
+  {
+   "segment": "decoder_0",
+   "total": 1099511627776,
+   "largest": "lm_head.weight",
+   "largest_bytes": 1073741824
+  }
  ]
 }
 """
@@ -194,7 +211,7 @@ class TestReading:
 
     @pytest.mark.parametrize("schema", [0, SCHEMA + 1, -1, 1.0, True, "1", None, [1], {}])
     def test_schema(self, schema):
-        with pytest.raises(UserError, match=r"here has schema version .*, this tokprune reads version 2"):
+        with pytest.raises(UserError, match=r"here has schema version .*, this tokprune reads version 3"):
             Manifest.from_json(changed(lambda data: data.update(schema=schema)), "here")
 
     @pytest.mark.parametrize("text", ["[]", "3", "null", '"schema"', "{}"])

@@ -36,9 +36,9 @@ class Watched(Pipeline):
             self.fed[name] = {key: self.backend.to_host(tensor) for key, tensor in feeds.items()}
         return super()._run(name, feeds, outputs, meter, **axes)
 
-    def forward(self, state, ids, meter, **options):
+    def forward(self, state, prompts, meter, **options):
         self.fed: dict[str, dict[str, np.ndarray]] = {}
-        return super().forward(state, ids, meter, **options)
+        return super().forward(state, prompts, meter, **options)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_first_turn(pipeline, modules, tiny_checkpoint, kind):
     ids = PROMPTS[kind]
     images = pixels(ids.count(3) // 16)
     features = pipeline.encode_images(images, Meter())
-    logits, records = pipeline.forward(pipeline.new_state(), ids, Meter(), image_features=features)
+    (logits,), [records] = pipeline.forward(pipeline.new_state(), [ids], Meter(), image_features=features)
     assert_right(pipeline, ids, records, modules)
     checkpoint = find_checkpoint(str(tiny_checkpoint))
     with Reference(load_model(checkpoint, dtype=torch.float32), checkpoint.facts, PLAN, modules) as reference:
@@ -104,18 +104,18 @@ def test_later_turn_with_a_new_image(pipeline, modules):
     """The text that counts is the call's own; what the caches hold is not fed to a selector again."""
     state = pipeline.new_state()
     first = pipeline.encode_images(pixels(1), Meter())
-    pipeline.forward(state, PROMPTS["image first"], Meter(), image_features=first)
+    pipeline.forward(state, [PROMPTS["image first"]], Meter(), image_features=first)
     ids = [40, 41, *IMAGE, 42, 43, 44]
     second = pipeline.encode_images(pixels(1, seed=5), Meter())
-    _, records = pipeline.forward(state, ids, Meter(), image_features=second)
+    _, [records] = pipeline.forward(state, [ids], Meter(), image_features=second)
     assert_right(pipeline, ids, records, modules)
-    alone = pipeline.forward(pipeline.new_state(), ids, Meter(), image_features=second)[1]
+    _, [alone] = pipeline.forward(pipeline.new_state(), [ids], Meter(), image_features=second)
     assert np.abs(alone[0].scores - records[0].scores).max() > 1e-3  # its rows have seen the first turn
 
 
 def test_without_an_image_no_selector_runs(pipeline):
     meter = Meter()
-    logits, records = pipeline.forward(pipeline.new_state(), [0, 9, 20, 21], meter)
+    logits, [records] = pipeline.forward(pipeline.new_state(), [[0, 9, 20, 21]], meter)
     assert records == []
     assert not pipeline.fed
     assert not [name for name in meter.ms if name.startswith("select_")]
@@ -127,7 +127,7 @@ def test_flops_count_the_text_rows(pipeline):
     for text in (3, 4, 5):
         meter = Meter()
         features = pipeline.encode_images(pixels(1), meter)
-        pipeline.forward(pipeline.new_state(), [*IMAGE, *range(20, 20 + text)], meter, image_features=features)
+        pipeline.forward(pipeline.new_state(), [[*IMAGE, *range(20, 20 + text)]], meter, image_features=features)
         counts.append(meter.flops["select_0"])
     width, hidden, visual = 8, 64, 16
     a_row = 2 * hidden * width + 2 * 2 * width * width + 2 * 2 * visual * width  # text_proj; k and v; QKᵀ and PV

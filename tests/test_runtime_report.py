@@ -72,7 +72,7 @@ def run_result(**changes: Any) -> dict[str, Any]:
         "pruning": {
             "applied": True,
             "reason": "lofi",
-            "stages": [{"layer": 2, "kept": 64, "total": 576, "indices": list(range(64))}],
+            "stages": [{"layer": 2, "image": 0, "kept": 64, "total": 576, "indices": list(range(64))}],
         },
         "timing_ms": {"ttft": 321.0, "decode_per_token": 12.25, "segments": {"decoder_0": 200.5}},
         "peak_rss_mb": 812.3,
@@ -104,8 +104,8 @@ class TestRun:
 
 
 PARITY = {
-    "samples": 8, "max_abs_logit_diff": 0.00031, "cosine_min": 0.99999, "greedy_agreement": 1.0,
-    "kept_overlap": 0.995, "kept_equal_margin": 1.0,
+    "samples": 8, "max_abs_logit_diff": 0.00031, "max_rel_logit_diff": 0.00002, "cosine_min": 0.99999,
+    "greedy_agreement": 1.0, "kept_overlap": 0.995, "kept_equal_margin": 1.0,
 }  # fmt: skip
 CONSISTENCY = {
     "samples": 64, "agreement": 0.9375, "agreement_ci95": [0.87, 0.98], "accuracy_full": 0.9, "accuracy_pruned": None,
@@ -120,6 +120,7 @@ class TestVerify:
         text = report.verify_report({"parity": PARITY, "consistency": CONSISTENCY, "gates": gates, "passed": False})
         found = cells(text)
         assert found["max |Δlogit|"] == ["0.00031"]
+        assert found["as a share of the largest"] == ["2e-05"]
         assert found["kept tokens shared"] == ["99.5 %"]
         assert found["answers equal"] == ["93.8 % [87.0, 98.0]"]
         assert found["accuracy, pruned"] == ["-"]

@@ -133,10 +133,10 @@ class TestRefusals:
         bundle = tiny_bundle("lofi")
         shutil.copy(bundle / "decoder_0.onnx", tmp_path)
         if left is not None:
-            (tmp_path / "decoder_0.data").write_bytes((bundle / "decoder_0.data").read_bytes()[:left])
+            (tmp_path / "model.safetensors").write_bytes((bundle / "model.safetensors").read_bytes()[:left])
         report = rtx.parse(tmp_path / "decoder_0.onnx")
         assert "Failed to import initializer" in report.refusals[0].message
-        assert any(word in line and str(tmp_path / "decoder_0.data") in line for line in report.log)
+        assert any(word in line and str(tmp_path / "model.safetensors") in line for line in report.log)
 
     @pytest.mark.parametrize("content", [b"", b"hello world" * 99, None])
     def test_no_graph(self, tmp_path: Path, content: bytes | None):
@@ -164,14 +164,16 @@ class TestBuild:
     def test_decoder_for_prefill_and_decode(self, tiny_bundle, tmp_path: Path):
         """One engine, two profiles; an engine with one of them is another."""
         bundle = tiny_bundle("lofi")
-        segment = next(each for each in read_manifest(bundle).segments if each.name == "decoder_1")
+        manifest = read_manifest(bundle)
+        segment = manifest.segment("decoder_1")
+        (weights,) = [each.total for each in manifest.memory if each.segment == "decoder_1"]
         profiles = [profile(segment, PREFILL), profile(segment, DECODE)]
         sizes = []
         for count in (1, 2):
             report = rtx.build(bundle / segment.file, tmp_path / "engine", profiles[:count])
             is_accepted_as(segment, report)
             sizes.append((tmp_path / "engine").stat().st_size)
-        assert sizes[0] > (bundle / "decoder_1.data").stat().st_size  # the weights are in it
+        assert sizes[0] > weights  # the weights are in it
         assert sizes[1] > sizes[0]
 
     @pytest.mark.parametrize("key", ["lofi", "fastv", "random"])

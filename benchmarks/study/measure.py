@@ -84,9 +84,9 @@ class Study:
             for number, sample in enumerate(self._samples):
                 _progress(label, number, len(self._samples))
                 tokens, expected = originals[f"tokens-{number}"].tolist(), originals[f"logits-{number}"]
-                logits, _ = engine.forced(sample, tokens)
+                [(logits, _)] = engine.forced([sample], [tokens])
                 columns["full"].append(engine.text(tokens))
-                columns["pruned"].append(engine.text(engine.free(sample, logits, tokens)))
+                columns["pruned"].append(engine.text(engine.free([sample], [logits], [tokens])[0]))
                 columns["kl"].append(metrics.kl_divergence(expected, logits).tolist())
                 columns["top1"].append(metrics.top1_matches(expected, logits).tolist())
             seconds = {"engine": time.perf_counter() - begin}

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from tokprune.runtime import jetson, memory, report
 from tokprune.runtime.errors import UserError
+from tokprune.runtime.limits import DEFAULT_BATCH, make_limits
 from tokprune.runtime.manifest import ModelFacts
 from tokprune.runtime.plan import (
     DEFAULT_KEEP,
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
 
 @click.command("export", epilog="Example: tokprune-export --method lofi --layer 2 --keep 64 --out bundle")
-@click.option("--model", default="demo", show_default=True, help="Checkpoint directory, or 'demo'.")
+@click.option("--model", default="demo", show_default=True, help="Checkpoint directory, hub id, or 'demo'.")
 @click.option("--method", type=click.Choice(METHODS), required=True, help="What scores the visual tokens.")
 @click.option(
     "--layer",
@@ -47,6 +49,24 @@ if TYPE_CHECKING:
 )
 @click.option("--seed", type=click.IntRange(min=0), help="random: seed of the draw. [default: 0]")
 @click.option("--precision", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True)
+@click.option(
+    "--split-lm-head",
+    "head_pieces",
+    type=click.IntRange(min=2, max=64),
+    metavar="PIECES",
+    help="Store the head, the largest product, in so many weights: for devices that cannot allocate it whole.",
+)
+@click.option("--max-batch-size", type=click.IntRange(min=1), help=f"Prompts at a time. [default: {DEFAULT_BATCH}]")
+@click.option(
+    "--max-input-len",
+    type=click.IntRange(min=1),
+    help="Tokens of a prompt, its images unpruned. [default: as many as fit]",
+)
+@click.option(
+    "--max-kv-cache-capacity",
+    type=click.IntRange(min=1),
+    help="Tokens of prompt and answer, images unpruned. [default: the model's context]",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Bundle to write. [default: MODEL-METHOD]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object when done.")
 def command(
@@ -59,6 +79,10 @@ def command(
     modules_dir: Path | None,
     seed: int | None,
     precision: str,
+    head_pieces: int | None,
+    max_batch_size: int | None,
+    max_input_len: int | None,
+    max_kv_cache_capacity: int | None,
     out: Path | None,
     as_json: bool,
 ) -> None:
@@ -85,6 +109,12 @@ def command(
     else:
         modules = None
         plan = _plan(checkpoint.facts, method, layer, keep, rank, stage_texts, seed or 0)
+    limits = make_limits(
+        checkpoint.facts.context,
+        max_batch=max_batch_size,
+        max_input_length=max_input_len,
+        max_kv_capacity=max_kv_cache_capacity,
+    )
     out = out or Path(f"{Path(model).name}-{method}")
     check_out(out)
     total, done = steps(plan, checkpoint.facts.layers), 0
@@ -94,7 +124,17 @@ def command(
         done += 1
         _progress_line(f"[{done}/{total}] {step}")
 
-    manifest = export(checkpoint, plan, out, precision=precision, progress=progress, modules=modules)
+    manifest = export(
+        checkpoint,
+        plan,
+        out,
+        precision=precision,
+        head_pieces=head_pieces or 1,
+        progress=progress,
+        note=_progress_line,
+        modules=modules,
+        limits=limits,
+    )
     seconds = time.perf_counter() - begin
     size = sum(file.size for file in manifest.files)
     if as_json:
@@ -115,6 +155,7 @@ def command(
         click.echo(
             f"{out}: {plan}; {precision}, {len(manifest.segments)} segments, {size / 1e6:.1f} MB, {seconds:.1f} s"
         )
+    click.echo(report.memory_verdict(jetson.memory_record(memory.from_manifest(manifest))), err=True)
 
 
 def _plan(

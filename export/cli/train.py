@@ -14,7 +14,7 @@ from tokprune.runtime.plan import Module, default_module, lvpruning_stages, make
 
 
 @click.command("train", epilog="Example: tokprune train --model demo --data data.jsonl --steps 1000 --out modules")
-@click.option("--model", default="demo", show_default=True, help="Checkpoint directory, or 'demo'.")
+@click.option("--model", default="demo", show_default=True, help="Checkpoint directory, hub id, or 'demo'.")
 @click.option(
     "--data",
     "data_file",

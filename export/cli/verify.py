@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import math
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,18 @@ from tokprune.runtime.session import ENGINES
     show_default=True,
     help="Samples for the IPR.",
 )
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Samples that BUNDLE takes at a time; PyTorch takes one.",
+)
+@click.option(
+    "--layers",
+    type=click.IntRange(min=1),
+    help="Compare the first decoder layers only, with norm and head behind them: a large model in small memory.",
+)
 @click.option("--min-agreement", type=float, help="Gate: share of answers equal to the unpruned original's.")
 @click.option("--max-kl", type=float, help="Gate: mean KL of next-token distributions, in nats.")
 @click.option("--max-logit-diff", type=float, help="Gate: parity, where the kept sets are equal.")
@@ -51,30 +66,38 @@ def command(
     limit: int | None,
     max_new_tokens: int,
     spectrum_samples: int,
+    batch_size: int,
+    layers: int | None,
     engine: str,
     threads: int,
     as_json: bool,
     **limits: float | None,
 ) -> int:
     """Compare BUNDLE with PyTorch: parity with the same pruning, consistency with the unpruned original."""
-    from tokprune.runtime.chat import load
+    from tokprune.runtime.bundle import open_bundle
+    from tokprune.runtime.chat import Model
     from tokprune.runtime.data import read_samples
     from tokprune.runtime.verification import gates
 
-    model = load(bundle, engine=engine, threads=threads, check_hashes=True)
-    made_from = model.bundle.manifest.source["model"]
+    opened = open_bundle(bundle, check_hashes=True)
+    made_from = opened.manifest.source["model"]
     if reference is None and made_from != "demo":
         raise UserError(f"{bundle} was made from '{made_from}': give that checkpoint's directory with --reference")
     source = reference or made_from
     if data is None and source != "demo":
         raise UserError("--data was not given, and only the demo model comes with questions: give --data FILE.jsonl")
-    with tempfile.TemporaryDirectory() as scratch:
+    with contextlib.ExitStack() as stack:
+        if layers is not None:
+            from tokprune.export.truncate import truncate
+
+            opened = truncate(opened, layers, stack.enter_context(_beside(bundle)))
         if data is None:
             from tokprune.export.demo.scenes import demo_data
 
-            data = Path(scratch) / "scenes" / "data.jsonl"
+            data = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "scenes" / "data.jsonl"
             demo_data(24 if limit is None else limit, data.parent, 0)
-        result, lines = _compare(model, source, read_samples(data, limit), max_new_tokens, spectrum_samples)
+        model = Model(opened, engine, threads)
+        result, lines = _compare(model, source, read_samples(data, limit), max_new_tokens, spectrum_samples, batch_size)
     result["gates"] = gates(result["parity"], result["consistency"], **limits)
     result["passed"] = all(gate["passed"] for gate in result["gates"])
     if as_json:
@@ -89,8 +112,22 @@ def command(
     return 0 if result["passed"] else 1
 
 
+@contextlib.contextmanager
+def _beside(bundle: Path) -> Iterator[Path]:
+    """A directory that ends with the block, on the file system of ``bundle``."""
+    try:
+        scratch = tempfile.TemporaryDirectory(prefix=".tokprune-", dir=bundle.resolve().parent)
+    except OSError as error:
+        raise UserError(
+            f"--layers needs a directory beside {bundle}, where none can be made ({error.strerror}): "
+            "copy the bundle to where you may write"
+        ) from None
+    with scratch as path:
+        yield Path(path)
+
+
 def _compare(
-    model: Any, source: str, samples: list[Any], max_new_tokens: int, spectrum_samples: int
+    model: Any, source: str, samples: list[Any], max_new_tokens: int, spectrum_samples: int, batch_size: int
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The comparison's result, and the samples in which any two of the three answers or kept sets differ."""
     click.echo(f"loading {source} in PyTorch", err=True)
@@ -98,6 +135,8 @@ def _compare(
     from tokprune.export.verify import verify
 
     checkpoint = find_checkpoint(source)
+    facts, layers = checkpoint.facts, model.pipeline.facts.layers  # fewer, if the bundle was cut
+    checkpoint = dataclasses.replace(checkpoint, facts=dataclasses.replace(facts, layers=min(facts.layers, layers)))
     with click.progressbar(length=len(samples), label="comparing", file=sys.stderr) as bar:
         result, outcomes = verify(
             model,
@@ -105,9 +144,10 @@ def _compare(
             samples,
             max_new_tokens=max_new_tokens,
             spectrum_samples=spectrum_samples,
+            batch_size=batch_size,
             progress=lambda done: bar.update(1),
         )
-    lines = []
+    lines: list[dict[str, Any]] = []
     for sample, outcome in zip(samples, outcomes, strict=True):
         difference = outcome.parity.max_abs_logit_diff
         full, engine = outcome.consistency.full, outcome.consistency.pruned
@@ -115,7 +155,7 @@ def _compare(
         if len(answers) > 1 or not outcome.parity.kept_equal:
             lines.append(
                 {
-                    "image": sample.image.name if sample.image else None,
+                    "image": ", ".join(image.name for image in sample.images) or None,
                     "prompt": sample.prompt,
                     "full": full,
                     "reference": outcome.reference,

@@ -24,7 +24,7 @@ from tokprune.export.segments import VisionEncoder
 from tokprune.runtime.manifest import ModelFacts
 from tokprune.runtime.preprocess import load_image
 
-FEATURE_BYTES = 512 << 20  # image features kept in memory, on the base's device
+FEATURE_BYTES = 2 << 30  # image features kept in the host's memory
 
 # decides on a stage's logits [I, N, 2] float32: [I, N] float32 of 0 and 1, differentiable or not
 Decide = Callable[[int, Tensor], Tensor]
@@ -45,10 +45,10 @@ class ImageFeatures:
         """Features [N, D] of the image file. Raises UserError as `load_image` does."""
         if path in self._kept:
             self._kept.move_to_end(path)
-            return self._kept[path]
+            return self._kept[path].to(self._like.device)
         pixels = self._processor(images=load_image(path), return_tensors="pt")["pixel_values"]
         features = self._encoder(pixels.to(self._like))[0]
-        self._kept[path] = features
+        self._kept[path] = features.cpu()
         self._bytes += features.nbytes
         while self._bytes > FEATURE_BYTES and len(self._kept) > 1:
             self._bytes -= self._kept.popitem(last=False)[1].nbytes

@@ -67,10 +67,10 @@ def _lines(path: Path) -> tuple[list[Example], int]:
         where = f"sample {number} of {path}"
         if not (sample.answer or "").strip():
             raise UserError(f'{where} has no "answer": training needs one in every line')
-        if sample.image is None:
+        if not sample.images:
             without += 1
         else:
-            examples.append(Example(sample.prompt, str(sample.answer).strip(), (sample.image,), where))
+            examples.append(Example(sample.prompt, str(sample.answer).strip(), sample.images, where))
     return examples, without
 
 

@@ -29,6 +29,7 @@ VERBS = {  # verb: (module with ``command``, help in the list of verbs)
         "Time segments, and the share of the theoretical saving realised.",
     ),
     "flops": ("tokprune.runtime.cli.flops", "Count FLOPs of a model under a pruning plan."),
+    "memory": ("tokprune.runtime.cli.memory", "Predict the memory of a model, and which Jetson modules have it."),
     "demo-data": ("tokprune.export.cli.demo_data", "Draw scenes and questions for the demo model."),
     "doctor": ("tokprune.runtime.cli.doctor", "Say what this machine can run."),
 }

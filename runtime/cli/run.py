@@ -21,7 +21,13 @@ from tokprune.runtime.session import ENGINES
     epilog="Example: tokprune run bundle --image cat.png --prompt 'What is this?' --overlay kept.png",
 )
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--image", type=click.Path(path_type=Path), help="Image of the first question; without it, text only.")
+@click.option(
+    "--image",
+    "images",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Image of the first question; again for more of them; without it, text only.",
+)
 @click.option("--prompt", "prompts", multiple=True, required=True, help="Question; give it again for further turns.")
 @click.option("--max-new-tokens", default=128, show_default=True, help="Stop after so many tokens an answer.")
 @click.option("--temperature", default=0.0, show_default=True, help="0 is greedy.")
@@ -30,12 +36,16 @@ from tokprune.runtime.session import ENGINES
 @click.option("--engine", type=click.Choice(ENGINES), default="auto", show_default=True)
 @click.option("--threads", default=0, show_default=True, help="CPU threads; 0 lets the engine choose.")
 @click.option("--check-hashes", is_flag=True, help="Hash large files too before running.")
-@click.option("--overlay", type=click.Path(path_type=Path), help="Write a picture of the kept patches here.")
+@click.option(
+    "--overlay",
+    type=click.Path(path_type=Path),
+    help="Write a picture of the kept patches here; of several images one each, numbered from 0.",
+)
 @click.option("--scores", is_flag=True, help="Add the selector's scores to --json.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the answer.")
 def command(
     bundle: Path,
-    image: Path | None,
+    images: tuple[Path, ...],
     prompts: tuple[str, ...],
     max_new_tokens: int,
     temperature: float,
@@ -48,20 +58,19 @@ def command(
     scores: bool,
     as_json: bool,
 ) -> None:
-    """Answer a question about an image with BUNDLE, on this machine, without PyTorch."""
-    if overlay is not None and image is None:
+    """Answer a question about images with BUNDLE, on this machine, without PyTorch."""
+    if overlay is not None and not images:
         raise UserError("--overlay was given without an image to draw on: give --image")
     if overlay is not None:
         check_overlay_path(overlay)
     sampling = Sampling(temperature, top_p, seed)
-    picture = None if image is None else load_image(image)
+    pictures = [load_image(image) for image in images]
     model = load(bundle, engine=engine, threads=threads, check_hashes=check_hashes)
     chat = model.chat()
     turns = []
     for turn, prompt in enumerate(prompts):
-        images = [picture] if picture is not None and turn == 0 else []
         pieces = []
-        for piece in chat.ask(prompt, images, sampling=sampling, max_new_tokens=max_new_tokens):
+        for piece in chat.ask(prompt, [] if turn else pictures, sampling=sampling, max_new_tokens=max_new_tokens):
             pieces.append(piece)
             if not as_json:
                 click.echo(piece if len(pieces) > 1 else piece.lstrip(), nl=False)
@@ -69,10 +78,12 @@ def command(
             click.echo()
         assert chat.last is not None  # ask() has set it
         turns.append(result_record(model, "".join(pieces).strip(), chat.last, scores=scores))
-        if overlay is not None and picture is not None and turn == 0:
-            stages = [(item.layer, item.indices, item.scores) for item in chat.last.pruned]
-            box = original_box(picture.size, model.image_spec)
-            draw_overlay(picture, stages, model.bundle.manifest.model.vision.grid, box, overlay)
+        if overlay is not None and turn == 0:
+            for number, picture in enumerate(pictures):
+                stages = [(item.layer, item.indices, item.scores) for item in chat.last.pruned if item.image == number]
+                box = original_box(picture.size, model.image_spec)
+                path = overlay if len(pictures) == 1 else overlay.with_stem(f"{overlay.stem}-{number}")
+                draw_overlay(picture, stages, model.bundle.manifest.model.vision.grid, box, path)
     if as_json:
         click.echo(json.dumps({**turns[-1], "turns": turns} if len(turns) > 1 else turns[0]))
     else:
