@@ -5,7 +5,7 @@ OUT := demo-out
 # PyTorch's threads would spin while ONNX Runtime's work, and the other way round
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow full-size lint clean
 
 demo: .venv/ready
 	rm -rf $(OUT)
@@ -22,6 +22,10 @@ test: .venv/ready lint
 
 test-slow: .venv/ready
 	$(BIN)/pytest -m slow
+
+# a 7B checkpoint of random weights: exported, read by NVIDIA's parser, held against PyTorch over its first layers
+full-size: .venv/ready
+	$(BIN)/python benchmarks/full_size.py --size 7b --work full-size
 
 lint: .venv/ready
 	$(BIN)/ruff check
