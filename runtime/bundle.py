@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -35,8 +37,9 @@ def open_bundle(path: Path | str, *, check_hashes: bool = False) -> Bundle:
     """
     path = Path(path)
     manifest = read_manifest(path)
-    for facts in manifest.files:
-        _check_file(path, facts, check_hashes)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing runs outside Python's lock
+        for _ in pool.map(lambda facts: _check_file(path, facts, check_hashes), manifest.files):
+            pass  # raises what the file at fault has raised
     return Bundle(path, manifest)
 
 
