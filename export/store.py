@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ CONVERTED = "weights.data"  # what had to be converted
 COPIED = 64 << 20  # bytes; a smaller shard is copied: a link would save nothing and tie two directories together
 _PIECE = 16 << 20  # bytes read at a time
 _ALIGNMENT = 64
+_NOTE = 2 << 30  # bytes between notes of progress
 _TYPES = {"fp16": ("F16", ir.DataType.FLOAT16), "fp32": ("F32", ir.DataType.FLOAT)}
 _CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS)
 
@@ -49,7 +49,7 @@ class Store:
         self._weights, self._note = weights, note
         self._stored_type, self._type = _TYPES[precision]
         self._placed: dict[Source, ir.ExternalTensor] = {}
-        self._noted = time.monotonic()
+        self._moved = self._noted = 0  # bytes copied or converted, and at the last note
 
     def place(self, source: Source) -> ir.ExternalTensor:
         """The tensor as a graph may refer to it; its bytes are in the bundle afterwards.
@@ -82,7 +82,7 @@ class Store:
         if target.exists():
             return shard.name
         shard = shard.resolve()  # the hub's cache holds symbolic links
-        if (size := shard.stat().st_size) > COPIED:
+        if shard.stat().st_size > COPIED:
             try:
                 os.link(shard, target)
             except OSError as error:
@@ -93,7 +93,7 @@ class Store:
         with shard.open("rb") as read, target.open("xb") as write:
             while piece := read.read(_PIECE):
                 write.write(piece)
-                self._progress(f"copying {target.name}", read.tell(), size)
+                self._progress(len(piece))
         return target.name
 
     def _convert(self, stored: Stored, name: str) -> int:
@@ -105,7 +105,7 @@ class Store:
             for begin in range(0, stored.length, _PIECE):
                 piece = read.read(min(_PIECE, stored.length - begin))
                 write.write(self._converted(piece, stored.dtype, name).tobytes())
-                self._progress(f"converting {name}", begin, stored.length)
+                self._progress(len(piece))
         return offset
 
     def _converted(self, data: bytes, dtype: str, name: str) -> np.ndarray:
@@ -122,10 +122,11 @@ class Store:
             )
         return halves
 
-    def _progress(self, what: str, done: int, size: int) -> None:
-        if time.monotonic() - self._noted >= 5:
-            self._noted = time.monotonic()
-            self._note(f"{what}, {done / 1e9:.1f} of {size / 1e9:.1f} GB")
+    def _progress(self, size: int) -> None:
+        self._moved += size
+        if self._moved - self._noted >= _NOTE:
+            self._noted = self._moved
+            self._note(f"{self._moved / 1e9:.0f} GB of weights copied or converted")
 
 
 def _numbers(data: bytes, dtype: str) -> np.ndarray:
