@@ -1,4 +1,4 @@
-"""A LLaVA-1.5 without weights, for tracing: of any size, in the memory of two layers' names.
+"""A LLaVA-1.5 without weights, for tracing: of any size, in next to no memory.
 
 Its parameters are one zero each, expanded to their shapes. All decoder layers are alike, and so are the tower's: two of
 each are enough to trace (see `layers`).

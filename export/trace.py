@@ -149,11 +149,13 @@ def _unknown(graph: ir.Graph, weights: set[str]) -> Iterator[None]:
         assert value.name is not None
         graph.initializers.pop(value.name)
         graph.inputs.append(value)
-    yield
-    for value in held:
-        graph.inputs.remove(value)
-        if value.uses():
-            graph.register_initializer(value)
+    try:
+        yield
+    finally:
+        for value in held:
+            graph.inputs.remove(value)
+            if value.uses():
+                graph.register_initializer(value)
 
 
 @contextlib.contextmanager

@@ -23,10 +23,11 @@ from tokprune.runtime.layout import Layout
 OUTLIERS = {3: 1e4, 17: -1e4}  # by channel, in tower and decoder alike
 PLAN = PLANS["lofi"]
 IDS = [0, 9, *[3] * TOKENS, 40, 41, 42]
-# FP16 rounds an outlier by up to 4, two of them shift a layer norm's mean over 32 channels by up to 1/4, where others'
-# numbers are about 10: 2.5 %; all other roundings, of 2^-11, are small beside that. Measured: 3 % in NumPy, where each
-# operator rounds, 0.1 % in ONNX Runtime; 15 % and more with the decoder's norms computed in FP16.
+# Bounds by measurement, not by derivation: 3 % in NumPy, where each operator rounds to FP16 (an outlier by up to 4,
+# which shifts a layer norm's mean over 32 channels; that this is all of it was not isolated), below 0.1 % in ONNX
+# Runtime, which computes in FP32; 15 % and more in NumPy with the decoder's norms computed in FP16.
 TOLERANCE = 0.06
+TOLERANCE_FP32 = 0.005
 
 
 def plant(tensors: dict[str, torch.Tensor]) -> None:
@@ -128,8 +129,9 @@ def test_logits_with_outliers(engine, planted, pixels, expected):
     logits = run(engine, bundle, "decoder_1", {names.HIDDEN_STATES: hidden, names.LOGITS_INDEX: rows, **common})
     assert logits.dtype == np.float32
     others = [channel for channel in range(hidden.shape[-1]) if channel not in OUTLIERS]
-    assert relative(hidden[0][:, others].astype(np.float32), expected[1][1][:, others]) < TOLERANCE
-    assert relative(logits[0], expected[0]) < TOLERANCE
+    tolerance = TOLERANCE if engine is Numpy else TOLERANCE_FP32
+    assert relative(hidden[0][:, others].astype(np.float32), expected[1][1][:, others]) < tolerance
+    assert relative(logits[0], expected[0]) < tolerance
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -137,7 +139,8 @@ def test_image_features_with_outliers(engine, planted, pixels, expected):
     hidden = embedded(engine, planted[1], pixels)[0].astype(np.float32)
     others = [channel for channel in range(hidden.shape[-1]) if channel not in OUTLIERS]
     visual = np.array(IDS) == 3
-    assert relative(hidden[visual][:, others], expected[1][0][visual][:, others]) < TOLERANCE
+    tolerance = TOLERANCE if engine is Numpy else TOLERANCE_FP32
+    assert relative(hidden[visual][:, others], expected[1][0][visual][:, others]) < tolerance
     np.testing.assert_allclose(hidden[:, list(OUTLIERS)], np.tile(list(OUTLIERS.values()), (len(IDS), 1)), rtol=1e-3)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import click
 
@@ -29,12 +30,8 @@ SELECTORS_CLOSED = {
 def command(
     model: str,
     text_tokens: int,
-    stages: tuple[str, ...],
-    layer: int | None,
-    keep: str | None,
-    method: str | None,
-    rank: str | None,
     as_json: bool,
+    **asked: Any,
 ) -> None:
     """Count the FLOPs of a model under a pruning plan.
 
@@ -48,7 +45,7 @@ def command(
             f"--text-tokens {text_tokens} was asked for, but {facts.name} has room for "
             f"{facts.context} tokens, {visual} of them visual: choose 1 to {facts.context - visual}"
         )
-    plan = asked_plan(facts, stages, layer, keep, method, rank)
+    plan = asked_plan(facts, **asked)
     if plan is not None:
         result = flops.summary(flops.closed_form(facts, plan), text_tokens, SELECTORS_CLOSED[plan.method])
     elif manifest is not None:

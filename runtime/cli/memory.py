@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import click
 
@@ -25,16 +26,12 @@ from tokprune.runtime.weights import PRECISIONS
 def command(
     model: str,
     text_tokens: int,
-    stages: tuple[str, ...],
-    layer: int | None,
-    keep: str | None,
-    method: str | None,
-    rank: str | None,
     new_tokens: int,
     images: int,
     batch: int,
     precision: str | None,
     as_json: bool,
+    **asked: Any,
 ) -> None:
     """Predict the memory that a model takes under a pruning plan, and which Jetson modules have it.
 
@@ -42,7 +39,7 @@ def command(
     """
     manifest = read_bundle(model)
     facts = read_model(model) if manifest is None else manifest.model
-    plan = asked_plan(facts, stages, layer, keep, method, rank)
+    plan = asked_plan(facts, **asked)
     work = memory.Work(text_tokens, new_tokens, images, batch)
     if manifest is not None and plan is None and precision in (None, manifest.precision):
         found = memory.from_manifest(manifest, work)
