@@ -6,11 +6,15 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from tokprune.runtime.errors import UserError
 from tokprune.runtime.plan import Module, default_module, lvpruning_stages, make_plan, parse_stage
+
+if TYPE_CHECKING:
+    from tokprune.export.lvpruning.train import Report
 
 
 @click.command("train", epilog="Example: tokprune train --model demo --data data.jsonl --steps 1000 --out modules")
@@ -43,6 +47,20 @@ from tokprune.runtime.plan import Module, default_module, lvpruning_stages, make
 @click.option(
     "--ratio-weight", type=float, default=2.0, show_default=True, help="Weight of (tokens kept − target)² in the loss."
 )
+@click.option(
+    "--guided-steps",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Steps to begin with that learn what the text attends to, not what the answer needs.",
+)
+@click.option(
+    "--guidance-weight",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="Weight of the same in the loss of later steps.",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--checkpointing", is_flag=True, help="Less memory: compute layers again for the gradient.")
@@ -62,6 +80,8 @@ def command(
     accumulate: int,
     learning_rate: float,
     ratio_weight: float,
+    guided_steps: int,
+    guidance_weight: float,
     seed: int,
     device: str,
     checkpointing: bool,
@@ -79,11 +99,15 @@ def command(
     from tokprune.export.checkpoint import find_checkpoint
     from tokprune.export.lvpruning.data import read_examples
     from tokprune.export.lvpruning.modules import check_modules_out
-    from tokprune.export.lvpruning.train import Report, Settings, choose_device, train
+    from tokprune.export.lvpruning.train import Settings, choose_device, train
 
     for option, value in (("--learning-rate", learning_rate), ("--ratio-weight", ratio_weight)):
         if not (math.isfinite(value) and value > 0):
             raise UserError(f"{option} {value} was asked for: give a positive number")
+    if not (math.isfinite(guidance_weight) and guidance_weight >= 0):
+        raise UserError(f"--guidance-weight {guidance_weight} was asked for: give 0 or a positive number")
+    if guided_steps > steps:
+        raise UserError(f"{guided_steps} guided steps of {steps} were asked for: give a greater --steps")
     checkpoint = find_checkpoint(model)
     facts = checkpoint.facts
     tokens = facts.vision.tokens
@@ -103,18 +127,14 @@ def command(
         at = now.step
         if now.step in (1, now.steps) or time.monotonic() - printed >= 5:
             printed = time.monotonic()
-            _echo(
-                f"step {now.step}/{now.steps}  loss {now.loss:.4f}  lm {now.lm:.4f}  "
-                f"kept {' '.join(f'{share:.1%}' for share in now.kept)}  "
-                f"{now.samples_per_second:.1f} samples/s  {_duration(now.seconds_left)} left"
-            )
+            _echo(_line(now))
 
     try:
         modules = train(
             checkpoint,
             plan,
             data,
-            Settings(steps, batch_size, accumulate, learning_rate, ratio_weight, seed),
+            Settings(steps, batch_size, accumulate, learning_rate, ratio_weight, seed, guided_steps, guidance_weight),
             out,
             device=where,
             dtype=dtype,
@@ -142,7 +162,7 @@ def command(
         }
         click.echo(json.dumps(result))
     else:
-        click.echo(f"{out}: {plan}; lm loss {training['final']['lm']:.4f}, {_duration(training['seconds'])}")
+        click.echo(f"{out}: {plan}; {_losses(training['final'])}, {_duration(training['seconds'])}")
         click.echo(f"Next: tokprune-export --model {model} --method lvpruning --modules {out}")
     return 0
 
@@ -154,6 +174,21 @@ def _sizes(default: Module, width: int | None, heads: int | None, intermediate: 
     if heads is None:
         heads = max(1, width // 32)
     return Module(width, heads, 4 * width if intermediate is None else intermediate)
+
+
+def _line(now: Report) -> str:
+    """What is printed of a step."""
+    kept = f"kept {' '.join(f'{share:.1%}' for share in now.kept)}"
+    losses = _losses({"loss": now.loss, "lm": now.lm, "guidance": now.guidance})
+    left = f"{now.samples_per_second:.1f} samples/s  {_duration(now.seconds_left)} left"
+    return f"step {now.step}/{now.steps}  {losses}  {kept}  {left}"
+
+
+def _losses(figures: dict[str, Any]) -> str:
+    """The loss and those of its parts that were measured."""
+    return "  ".join(
+        f"{name} {figures[name]:.4f}" for name in ("loss", "lm", "guidance") if figures.get(name) is not None
+    )
 
 
 def _duration(seconds: float) -> str:

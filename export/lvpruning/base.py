@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,16 +19,39 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as checkpointed
 from transformers import LlavaForConditionalGeneration, ProcessorMixin
 
-from tokprune.export.lvpruning.attention import ATTENTION, Parted, log_keep
+from tokprune.export.lvpruning.attention import ATTENTION, Looked, Parted, log_keep
 from tokprune.export.lvpruning.batch import Batch
 from tokprune.export.segments import VisionEncoder
 from tokprune.runtime.manifest import ModelFacts
 from tokprune.runtime.preprocess import load_image
 
 FEATURE_BYTES = 2 << 30  # image features kept in the host's memory
+SHARE_BYTES = 1 << 30  # and what `Base.guided` found
+
+K = TypeVar("K")
 
 # decides on a stage's logits [I, N, 2] float32: [I, N] float32 of 0 and 1, differentiable or not
 Decide = Callable[[int, Tensor], Tensor]
+
+
+class Recent(Generic[K]):
+    """Tensors in the host's memory by key, up to ``limit`` bytes: those least recently asked for go first."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._bytes = limit, 0
+        self._kept: OrderedDict[K, Tensor] = OrderedDict()
+
+    def get(self, key: K) -> Tensor | None:
+        if key in self._kept:
+            self._kept.move_to_end(key)
+        return self._kept.get(key)
+
+    def put(self, key: K, value: Tensor) -> None:
+        """Keep ``value``, whose key is new."""
+        self._kept[key] = value.cpu()
+        self._bytes += value.nbytes
+        while self._bytes > self._limit and len(self._kept) > 1:
+            self._bytes -= self._kept.popitem(last=False)[1].nbytes
 
 
 class ImageFeatures:
@@ -37,21 +61,16 @@ class ImageFeatures:
         self._encoder = VisionEncoder(model, facts.vision.layers)
         self._processor = processor.image_processor
         self._like = model.lm_head.weight  # device and dtype
-        self._kept: OrderedDict[Path, Tensor] = OrderedDict()  # the least recently used first
-        self._bytes = 0
+        self._kept: Recent[Path] = Recent(FEATURE_BYTES)
 
     @torch.no_grad()
     def __call__(self, path: Path) -> Tensor:
         """Features [N, D] of the image file. Raises UserError as `load_image` does."""
-        if path in self._kept:
-            self._kept.move_to_end(path)
-            return self._kept[path].to(self._like.device)
+        if (known := self._kept.get(path)) is not None:
+            return known.to(self._like.device)
         pixels = self._processor(images=load_image(path), return_tensors="pt")["pixel_values"]
         features = self._encoder(pixels.to(self._like))[0]
-        self._kept[path] = features.cpu()
-        self._bytes += features.nbytes
-        while self._bytes > FEATURE_BYTES and len(self._kept) > 1:
-            self._bytes -= self._kept.popitem(last=False)[1].nbytes
+        self._kept.put(path, features)
         return features
 
 
@@ -85,6 +104,7 @@ class Base:
         self._stages = {layer: index for index, layer in enumerate(layers)}
         self._features = ImageFeatures(model, processor, facts)
         self._checkpointing = checkpointing
+        self._shares: Recent[tuple[Path, bytes]] = Recent(SHARE_BYTES)  # [stages, N] of an image under a prompt
 
     def __call__(self, batch: Batch, modules: nn.ModuleList, decide: Decide) -> Outcome:
         """Run ``batch``, already on the base's device, through the stages that ``decide`` decides on.
@@ -110,6 +130,42 @@ class Base:
         rows = (parts.join() if parts else hidden).flatten(0, 1)[batch.predicting]
         return Outcome(self._head(self._language.norm(rows)).float(), kept)
 
+    def guided(self, batch: Batch, modules: nn.ModuleList) -> tuple[list[Tensor], Tensor]:
+        """With nothing pruned: by stage the module's logits [I, N, 2]; and [stages, I, N] float32, each visual row's
+        share of what the prompt's text looks at in the stage's two first layers.
+
+        A row counts as much as the row of text and the head that give it most do; shares of an image sum to 1. Layers
+        behind those do not run, and shares that were found before are not sought again.
+        """
+        keys = _prompts(batch)
+        known = [self._shares.get(key) for key in keys]
+        wanted = any(shares is None for shares in known)
+        layers = self._language.layers
+        stop = min(max(self._stages) + 2, len(layers)) if wanted else max(self._stages) + 1
+        scored, most = [], []
+        with torch.no_grad():
+            hidden = self._embed(batch)
+            rotation = self._language.rotary_emb(hidden, torch.arange(hidden.shape[1], device=hidden.device)[None])
+        for number, layer in enumerate(layers[:stop]):
+            if number in self._stages:
+                scored.append(self._score(modules[self._stages[number]], batch, hidden))
+            looked = Looked(batch.text % hidden.shape[1], batch.text_valid) if wanted else None
+            with torch.no_grad():
+                if number + 1 < stop:
+                    hidden = layer(hidden, position_embeddings=rotation, looked=looked)
+                elif looked:  # its attention is all that is wanted of it
+                    layer.self_attn(layer.input_layernorm(hidden), rotation, None, looked=looked)
+            if looked and looked.most is not None:
+                most.append(looked.most.flatten()[batch.visual])
+        if wanted:
+            totals = torch.stack([torch.stack(most[first : first + 2]).sum(0) for first in self._stages])
+            found = totals / totals.sum(2, keepdim=True)
+            for key, shares, before in zip(keys, found.unbind(1), known, strict=True):
+                if before is None:
+                    self._shares.put(key, shares)
+            return scored, found
+        return scored, torch.stack([shares for shares in known if shares is not None], 1).to(hidden.device)
+
     def _embed(self, batch: Batch) -> Tensor:
         hidden = self._language.embed_tokens(batch.ids)
         features = torch.cat([self._features(image) for image in batch.images])  # [I · N, D]
@@ -128,6 +184,16 @@ class Base:
         flat, visual = torch.zeros(batch.ids.numel(), device=kept.device), batch.visual.flatten()
         dropped = flat.index_copy(0, visual, (kept.detach() == 0).flatten().float()).bool()
         return dropped.view(batch.ids.shape), flat.index_copy(0, visual, log_keep(kept).flatten()).view(batch.ids.shape)
+
+
+def _prompts(batch: Batch) -> list[tuple[Path, bytes]]:
+    """What tells one image under one prompt from others: its file, its first row, and the text with its rows."""
+    flat, size = batch.ids.flatten(), batch.ids.shape[1]
+    found = []
+    for image, owner, visual in zip(batch.images, batch.owner.tolist(), batch.visual, strict=True):
+        text = batch.text[owner][batch.text_valid[owner]]
+        found.append((image, torch.cat([visual[:1] % size, text % size, flat[text]]).cpu().numpy().tobytes()))
+    return found
 
 
 class Parts:

@@ -1,9 +1,11 @@
 """Trains LVPruning's modules on a frozen base model (arXiv 2501.13652).
 
 Decisions are hard straight-through Gumbel-softmax samples in FP32; the loss is the language model's on answers, plus
-the squared distance of each image's share of kept rows from the target, as in DynamicViT (arXiv 2106.02034). The
-order of examples and the Gumbel noise depend on (seed, step, micro-batch) only, so that a training that was stopped
-goes on as if it had not been. The paper's layers, sizes and rates are not known to us: the defaults are ours.
+the squared distance of each image's share of kept rows from the target, as in DynamicViT (arXiv 2106.02034). One
+answer's few tokens say little about hundreds of rows, so a training may begin with `guidance`, and keep it beside:
+ours, not the paper's. The order of examples and the Gumbel noise depend on (seed, step, micro-batch) only, so that a
+training that was stopped goes on as if it had not been. The paper's layers, sizes and rates are not known to us: the
+defaults are ours.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from tokprune.export.checkpoint import Checkpoint, load_model, load_processor
 from tokprune.export.lvpruning.base import Base, Decide
 from tokprune.export.lvpruning.batch import Batch, Encoder, collate
 from tokprune.export.lvpruning.data import Data
-from tokprune.export.lvpruning.module import KEEP, SelectorModule
+from tokprune.export.lvpruning.module import DROP, KEEP, SelectorModule
 from tokprune.export.lvpruning.modules import Modules, check_modules_out, save_modules
 from tokprune.export.lvpruning.state import Progress, load_state, save_state, state_path
 from tokprune.runtime.errors import UserError
@@ -41,7 +43,11 @@ SAVE_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Settings:
-    """What a training is asked for. A step takes ``batch_size`` × ``accumulate`` examples."""
+    """What a training is asked for. A step takes ``batch_size`` × ``accumulate`` examples.
+
+    In the first ``guided_steps`` `guidance` stands in for the language model's loss; behind them it is added to it
+    with ``guidance_weight``.
+    """
 
     steps: int
     batch_size: int = 8
@@ -49,19 +55,25 @@ class Settings:
     learning_rate: float = 1e-3
     ratio_weight: float = 2.0
     seed: int = 0
+    guided_steps: int = 0
+    guidance_weight: float = 0.0
 
 
 @dataclass(frozen=True)
 class Report:
-    """One step's figures, averaged over the last ``RECENT``; ``kept`` is the mean share of rows kept by stage."""
+    """One step's figures, averaged over the last ``RECENT``; ``kept`` is the mean share of rows kept by stage.
+
+    A guided step has no ``lm``, since nothing is pruned there; others may have no ``guidance``.
+    """
 
     step: int
     steps: int
     loss: float
-    lm: float
     kept: list[float]
     samples_per_second: float
     seconds_left: float
+    lm: float | None = None
+    guidance: float | None = None
 
 
 def choose_device(name: str) -> tuple[torch.device, torch.dtype]:
@@ -144,9 +156,9 @@ def train(
             Report(
                 done.step,
                 settings.steps,
-                **_mean(done.recent),
                 samples_per_second=samples,
                 seconds_left=per_step * (settings.steps - done.step),
+                **_mean(done.recent),
             )
         )
     weights = {f"stages.{name}": p.detach().cpu().numpy() for name, p in modules.named_parameters()}
@@ -220,24 +232,53 @@ def _step(
 ) -> dict[str, Any]:
     """Add the gradients of one step; its figures."""
     answers = sum(len(batch.targets) for batch in batches)
-    loss_sum, lm_sum, kept = 0.0, 0.0, np.zeros(len(targets))
+    is_guided = step < settings.guided_steps
+    figures: list[dict[str, Any]] = []
     for micro, batch in enumerate(batches):
         batch = batch.to(device)
-        outcome = base(batch, modules, gumbel_decisions(settings.seed, step, micro))
-        lm = F.cross_entropy(outcome.logits, batch.targets, reduction="sum") / answers
-        shares = torch.stack([decisions.mean(1) for decisions in outcome.kept])  # [stages, I]
-        off = (shares - torch.tensor(targets, device=device)[:, None]).square().mean(1).sum() / len(batches)
-        loss = lm + settings.ratio_weight * off
+        found: dict[str, Any] = {}
+        losses = []
+        if is_guided or settings.guidance_weight:
+            scored, shares = base.guided(batch, modules)
+            by_guide = guidance(scored, shares) / len(batches)
+            losses.append(by_guide if is_guided else settings.guidance_weight * by_guide)
+            found["guidance"] = by_guide.item()
+        if is_guided:  # nothing is sampled, so that shares are probabilities
+            keeping = torch.stack([logits.softmax(-1)[..., KEEP] for logits in scored]).cumprod(0)
+        else:
+            outcome = base(batch, modules, gumbel_decisions(settings.seed, step, micro))
+            lm = F.cross_entropy(outcome.logits, batch.targets, reduction="sum") / answers
+            losses.append(lm)
+            found["lm"] = lm.item()
+            keeping = torch.stack(outcome.kept)
+        kept = keeping.mean(2)  # [stages, I]
+        off = (kept - torch.tensor(targets, device=device)[:, None]).square().mean(1).sum() / len(batches)
+        losses.append(settings.ratio_weight * off)
+        found["kept"] = (kept.detach().mean(1) / len(batches)).cpu().numpy()
+        loss = torch.stack(losses).sum()
         scaler.scale(loss).backward()
-        loss_sum += loss.item()
-        lm_sum += lm.item()
-        kept += shares.detach().mean(1).cpu().numpy() / len(batches)
-    return {"loss": loss_sum, "lm": lm_sum, "kept": kept.tolist()}
+        figures.append({"loss": loss.item(), **found})
+    totals = {key: sum(row[key] for row in figures) for key in figures[0]}
+    return totals | {"kept": totals["kept"].tolist()}
+
+
+def guidance(scored: list[Tensor], shares: Tensor) -> Tensor:
+    """Σ over stages of the mean KL(p ‖ softmax(keep − drop)) of images, in nats.
+
+    ``scored`` [I, N, 2] by stage and ``shares`` p [stages, I, N] are as `Base.guided` gives them. Adding to all of an
+    image's log-odds changes nothing: how many rows are kept is for the ratio's loss to say.
+    """
+    total = scored[0].new_zeros(())
+    for logits, share in zip(scored, shares, strict=True):
+        odds = (logits[..., KEEP] - logits[..., DROP]).log_softmax(1)
+        total = total + F.kl_div(odds, share, reduction="batchmean")
+    return total
 
 
 def _mean(recent: list[dict[str, Any]]) -> dict[str, Any]:
-    kept = np.mean([row["kept"] for row in recent], axis=0).tolist()
-    return {key: float(np.mean([row[key] for row in recent])) for key in ("loss", "lm")} | {"kept": kept}
+    """Of the steps that are of the last one's kind."""
+    alike = [row for row in recent if row.keys() == recent[-1].keys()]
+    return {key: np.mean([row[key] for row in alike], axis=0).tolist() for key in recent[-1]}
 
 
 def _asked(
