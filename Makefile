@@ -5,7 +5,7 @@ OUT := demo-out
 # PyTorch's threads would spin while ONNX Runtime's work, and the other way round
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test test-slow full-size lint clean
+.PHONY: demo test test-slow plugin-check gpu-check full-size lint clean
 
 demo: .venv/ready
 	rm -rf $(OUT)
@@ -17,11 +17,23 @@ demo: .venv/ready
 	$(BIN)/tokprune run $(OUT)/lofi --image $(OUT)/scenes/images/00000.png \
 		--prompt "How many digits are there?" --prompt "Which digit is highest?" --overlay $(OUT)/kept.png
 
+# what needs NVIDIA's headers or a GPU is left to plugin-check and gpu-check
 test: .venv/ready lint
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow and not plugin and not gpu"
 
 test-slow: .venv/ready
 	$(BIN)/pytest -m slow
+
+# The plugin library against each TENSORRT_INCLUDE_DIR=DIR:DIR, in NVIDIA's registry, parser and builder; without a GPU.
+# Needs nvcc, cmake, g++ and the headers; skips nothing.
+plugin-check: .venv/ready
+	$(BIN)/pip install --quiet --constraint tests/constraints.txt --editable .[dev,plugin-check]
+	$(BIN)/pytest -m plugin
+
+# On a machine with a GPU, nvcc and TensorRT's headers: the plugins, natively built, against float64, and what they take.
+# TOKPRUNE_GPU_CASES=1000 draws as many for the comparison of kept sets, 100 if not set.
+gpu-check: .venv/ready
+	$(BIN)/pytest -m gpu -s
 
 # a 7B checkpoint of random weights: exported, read by NVIDIA's parser, held against PyTorch over its first layers
 full-size: .venv/ready

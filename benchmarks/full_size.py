@@ -24,8 +24,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 from tokprune.export.demo.scenes import demo_data
-from tokprune.runtime import rtx
 from tokprune.runtime.bundle import read_manifest
+from tokprune.runtime.engines import compiler
 
 HERE = Path(__file__).parent
 
@@ -74,7 +74,7 @@ def _export(checkpoint: Path, bundle: Path, precision: str) -> dict[str, float]:
 def _parse(bundle: Path) -> dict[str, dict[str, Any]]:
     found = {}
     for segment in read_manifest(bundle).segments:
-        report = rtx.parse(bundle / segment.file)
+        report = compiler.parse(bundle / segment.file)
         found[segment.name] = {
             "accepted": report.accepted,
             "seconds": round(report.seconds, 2),

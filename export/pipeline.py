@@ -21,6 +21,7 @@ from tokprune.export.skeleton import expected_shapes, is_tied, skeleton
 from tokprune.export.store import Store
 from tokprune.export.trace import save_segment, trace_decoder, trace_embed, trace_vision
 from tokprune.export.weights import Weights
+from tokprune.plugins.build import source_hash
 from tokprune.runtime import names
 from tokprune.runtime.bundle import sha256
 from tokprune.runtime.contract import FLOAT_TYPES
@@ -77,6 +78,7 @@ def export(
                 "transformers": transformers.__version__,
                 "onnx": onnx.__version__,
                 "python": platform.python_version(),
+                "plugin_source": source_hash(),  # of what plugin libraries built with this version are made of
             },
             source={"model": checkpoint.facts.name, "config_sha256": sha256(checkpoint.path / "config.json")},
             model=checkpoint.facts,

@@ -213,7 +213,7 @@ def choose(
     if plan.method == "lvpruning":
         assert modules is not None  # the caller's to give
         weights = modules.of_stage(index)
-        return cross_attention.cross_attention_topk(seen.visual, seen.text, keep, weights, modules.module.heads)
+        return cross_attention.module_topk(seen.visual, seen.text, keep, weights, modules.module.heads)
     if plan.method == "fastv":
         assert seen.attention is not None  # the caller's to give
         return last_row_topk(seen.attention, np.arange(n), keep)

@@ -138,7 +138,8 @@ class Engine:
         new = [image for image in dict.fromkeys(images) if image not in self._features]
         pixels = self._model.pixels(new)
         if pixels is not None:
-            features = self._model.pipeline.encode_images(pixels, Meter())
+            pipeline = self._model.pipeline
+            features = pipeline.backend.to_host(pipeline.encode_images(pixels, Meter()))
             self._features.update(zip(new, features, strict=True))
         return np.stack([self._features[image] for image in images]) if images else None
 

@@ -9,6 +9,7 @@ import numpy.typing as npt
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 OPSET = 20  # what TensorRT 10.3 (JetPack 6.2) documents
+DOMAIN = "tokprune"  # of our operators, and their plugins' namespace
 
 
 class Nodes:
@@ -49,3 +50,15 @@ class Nodes:
 
     def _name(self) -> str:
         return f"{self._prefix}_{len(self.protos)}"
+
+
+def for_plugin(node: NodeProto, version: int) -> NodeProto:
+    """A copy of ``node`` that TensorRT gives to the plugin of that version; the model must hold no function for it.
+
+    Parsers from 10.15 on look for a plugin only where a node has a namespace; older ones take "" if none is said.
+    """
+    copy = NodeProto()
+    copy.CopyFrom(node)
+    copy.attribute.append(helper.make_attribute("plugin_version", str(version)))
+    copy.attribute.append(helper.make_attribute("plugin_namespace", DOMAIN))
+    return copy

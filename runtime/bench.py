@@ -31,6 +31,15 @@ class Timing:
         """Milliseconds of decoders and selectors in prefill, by round."""
         return np.array([sum(ms for name, ms in meter.ms.items() if _in_decoder(name)) for meter in self.prefill])
 
+    def selector_shares(self) -> np.ndarray:
+        """Share of the selectors in the time of all segments in prefill, by round."""
+        return np.array(
+            [
+                sum(ms for name, ms in meter.ms.items() if name.startswith("select_")) / sum(meter.ms.values())
+                for meter in self.prefill
+            ]
+        )
+
     def decoder_flops(self) -> int:
         """FLOPs of decoders and selectors in prefill."""
         return sum(count for name, count in self.prefill[0].flops.items() if _in_decoder(name))
@@ -94,6 +103,7 @@ def _measure(pipeline: Pipeline, text_tokens: int, new_tokens: int) -> tuple[Met
 
 def _report(pruned: Pipeline, timings: list[Timing], text_tokens: int, rounds: int, new_tokens: int) -> dict[str, Any]:
     mine = timings[0]
+    peak = pruned.backend.peak_tflops if pruned.manifest.precision == "fp16" else None
     segments = []
     for name, count in mine.prefill[0].flops.items():
         ms = mine.ms(name)
@@ -105,6 +115,7 @@ def _report(pruned: Pipeline, timings: list[Timing], text_tokens: int, rounds: i
                 "ms_p90": float(np.percentile(ms, 90)),
                 "gflops": count / 1e9,
                 "achieved_tflops": count / median / 1e9,
+                "peak_share": None if peak is None else count / median / 1e9 / peak,
             }
         )
     result: dict[str, Any] = {
@@ -114,6 +125,9 @@ def _report(pruned: Pipeline, timings: list[Timing], text_tokens: int, rounds: i
         "text_tokens": text_tokens,
         "segments": segments,
         "decoder_ms_median": float(np.median(mine.decoder_ms())),
+        "selector_share": float(np.median(mine.selector_shares())),
+        "peak_tflops": peak,
+        "remarks": list(pruned.backend.remarks),
         "decode_ms_per_token": _decode_ms(mine, new_tokens),
         "decoder_speedup": None,
         "theoretical_decoder_speedup": None,

@@ -36,7 +36,7 @@ class Answer:
 class Model:
     """A bundle, loaded and ready; ``chat()`` starts a conversation, ``answer()`` takes many questions at once."""
 
-    def __init__(self, bundle: Bundle, engine: str = "auto", threads: int = 0) -> None:
+    def __init__(self, bundle: Bundle, engine: str = "auto", threads: int = 0, plugins: Path | None = None) -> None:
         self.bundle = bundle
         self.tokenizer = Tokenizer(bundle.file(names.TOKENIZER_FILE))
         self.image_spec = read_image_spec(bundle.file(names.PREPROCESSOR_FILE))
@@ -46,7 +46,7 @@ class Model:
                 f"{bundle.file(names.PREPROCESSOR_FILE)} makes images of {self.image_spec.size} pixels, the model "
                 f"reads {size}×{size}: export the bundle again"
             )
-        self.pipeline = Pipeline(bundle, make_backend(engine, threads))
+        self.pipeline = Pipeline(bundle, make_backend(engine, bundle, threads=threads, plugins=plugins))
         self.pipeline.load()
 
     def chat(self) -> Chat:
@@ -111,9 +111,16 @@ def _several(entry: Picture | Sequence[Picture] | None) -> Sequence[Picture]:
     return [entry] if isinstance(entry, (Image.Image, Path, str)) else entry
 
 
-def load(path: Path | str, *, engine: str = "auto", threads: int = 0, check_hashes: bool = False) -> Model:
+def load(
+    path: Path | str,
+    *,
+    engine: str = "auto",
+    threads: int = 0,
+    plugins: Path | None = None,
+    check_hashes: bool = False,
+) -> Model:
     """Open a bundle and load its segments. Raises UserError if anything about it is wrong."""
-    return Model(open_bundle(path, check_hashes=check_hashes), engine, threads)
+    return Model(open_bundle(path, check_hashes=check_hashes), engine, threads, plugins)
 
 
 class Chat:
@@ -211,4 +218,5 @@ def result_record(model: Model, answer: str, result: Generation, *, scores: bool
             "segments": dict(result.prefill.flops),
         },
         "engine": model.pipeline.backend.name,
+        "remarks": list(model.pipeline.backend.remarks),
     }

@@ -17,6 +17,7 @@ from tokprune.runtime.manifest import Manifest, ModelFacts, SegmentFacts
 from tokprune.runtime.plan import Plan, make_plan
 
 FLOAT_TYPES = {"fp32": "float32", "fp16": "float16"}  # by precision, of what flows between segments
+PLUGIN_METHODS = ("lofi", "lvpruning")  # whose scores are an operator of tokprune's
 
 Shape = tuple[int | str | None, ...]  # None: a length that the tracer writes as a sum, in its own order
 Tensors = dict[str, tuple[Shape, str]]  # by name, in their order: (shape, dtype)
@@ -31,6 +32,7 @@ class Contract:
     inputs: Tensors
     outputs: Tensors
     axes: frozenset[str]
+    plugin_file: str | None = None  # of a selector that a TensorRT plugin can run
 
 
 def check_manifest(manifest: Manifest, where: str) -> None:
@@ -115,6 +117,7 @@ def selector_contract(model: ModelFacts, plan: Plan, index: int, dtype: str) -> 
             names.SCORES: ((names.IMAGES, tokens), "float32"),
         },
         frozenset({*rows, names.ROWS, names.TEXT_ROWS, names.IMAGES}),
+        names.plugin_graph(index) if plan.method in PLUGIN_METHODS else None,
     )
 
 
@@ -178,6 +181,8 @@ def _prompt_faults(manifest: Manifest) -> Iterator[str]:
 def _segment_faults(segment: SegmentFacts, contract: Contract) -> Iterator[str]:
     if segment.layers != contract.layers:
         yield f"{segment.name} has the layers {segment.layers}, its plan {contract.layers}"
+    if segment.plugin_file != contract.plugin_file:
+        yield f"{segment.name} has the plugin's graph {segment.plugin_file}, its plan {contract.plugin_file}"
     for kind, tensors, wanted in (
         ("reads", segment.inputs, contract.inputs),
         ("writes", segment.outputs, contract.outputs),
@@ -209,6 +214,7 @@ def _file_faults(manifest: Manifest) -> Iterator[str]:
             yield f"its file {file.path} has no SHA-256"
     modules = [names.MODULES_FILE, names.MODULES_INFO_FILE] if manifest.plan.method == "lvpruning" else []
     segments = [segment.file for segment in manifest.segments]
+    segments += [segment.plugin_file for segment in manifest.segments if segment.plugin_file]
     for needed in [names.TOKENIZER_FILE, names.PREPROCESSOR_FILE, *modules, *segments]:
         if needed not in listed:
             yield f"it does not list the file {needed}, which it needs"

@@ -1,4 +1,4 @@
-"""The one error that a user may see as a sentence instead of a traceback. Knows nothing else."""
+"""The errors that a user may see as a sentence instead of a traceback. Knows nothing else."""
 
 
 class UserError(Exception):
@@ -6,3 +6,7 @@ class UserError(Exception):
 
     The command line prints it as one sentence on stderr and exits with 2.
     """
+
+
+class EnginesMissing(UserError):
+    """A bundle has no TensorRT engines that run here; the sentence says why not."""

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from tokprune.runtime.errors import UserError
 from tokprune.runtime.plan import Plan
 
-SCHEMA = 3
+SCHEMA = 4
 T = TypeVar("T")
 
 
@@ -93,7 +93,10 @@ class FlopsTerm:
 
 @dataclass(frozen=True)
 class SegmentFacts:
-    """One ONNX graph. ``layers`` is [first, stop) for a decoder, else None; ``flops`` sums its terms."""
+    """One ONNX graph. ``layers`` is [first, stop) for a decoder, else None; ``flops`` sums its terms.
+
+    ``plugin_file`` is the same graph for TensorRT with our plugin, of a selector whose method has an operator.
+    """
 
     name: str
     file: str
@@ -101,6 +104,7 @@ class SegmentFacts:
     inputs: tuple[TensorFacts, ...]
     outputs: tuple[TensorFacts, ...]
     flops: tuple[FlopsTerm, ...]
+    plugin_file: str | None = None
 
     def count_flops(self, **axes: int) -> int:
         """FLOPs of one run at the given lengths, named as the axes in ``names``."""

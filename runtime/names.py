@@ -57,6 +57,11 @@ def select(index: int) -> str:
     return f"select_{index}"
 
 
+def plugin_graph(index: int) -> str:
+    """File of the selector of stage ``index`` as a TensorRT plugin runs it, beside the one that needs none."""
+    return f"{select(index)}.plugin.onnx"
+
+
 def past(layer: int, which: str) -> str:
     """Name of a layer's cache input, ``which`` being "key" or "value": [B, heads_kv, P, head_dim]."""
     return f"past_key_values.{layer}.{which}"

@@ -90,12 +90,12 @@ class Pipeline:
         masks = {name: np.ones((batch, 0), dtype=np.int64) for _, name, _ in self._decoders}
         return State(caches, masks, np.zeros(batch, dtype=np.int64))
 
-    def encode_images(self, pixel_values: np.ndarray, meter: Meter) -> np.ndarray:
-        """pixel_values [I, 3, H, W] → image features [I, N, D]."""
+    def encode_images(self, pixel_values: np.ndarray, meter: Meter) -> Tensor:
+        """pixel_values [I, 3, H, W] → image features [I, N, D], where the backend has them."""
         dtype = self.manifest.segment(names.VISION_ENCODER).inputs[0].dtype
         feeds = {names.PIXEL_VALUES: self.backend.to_device(pixel_values.astype(dtype, copy=False))}
         out = self._run(names.VISION_ENCODER, feeds, [names.IMAGE_FEATURES], meter, images=len(pixel_values))
-        return self.backend.to_host(out[names.IMAGE_FEATURES])
+        return out[names.IMAGE_FEATURES]
 
     def forward(
         self,
@@ -103,12 +103,13 @@ class Pipeline:
         prompts: Sequence[Sequence[int]],
         meter: Meter,
         *,
-        image_features: np.ndarray | None = None,
+        image_features: np.ndarray | Tensor | None = None,
         logits_rows: Sequence[int] = (-1,),
     ) -> tuple[np.ndarray, list[list[Pruned]]]:
         """Append ``prompts``, of any lengths, to the B sequences: (logits [B, T, V] float32, what was pruned of each).
 
-        With ``image_features`` [I, N, D], each run of N image tokens in the prompts stands for one image, in order.
+        With ``image_features`` [I, N, D], a host array or what `encode_images` gave, each run of N image tokens in the
+        prompts stands for one image, in order.
         ``logits_rows`` [T] are text rows of each prompt, from the end as -1. A call without images runs unpruned.
         Raises UserError if the call is larger than the bundle's limits, ValueError if prompts and sequences, or images
         and image tokens, do not match.
@@ -123,7 +124,9 @@ class Pipeline:
             no_image if image_features is None else visual_rows(row, self.facts.image_token_id, tokens) for row in ids
         ]
         images = [len(rows) for rows in visual]
-        if sum(images) != (0 if image_features is None else len(image_features)):
+        if isinstance(image_features, np.ndarray):
+            image_features = self.backend.to_device(image_features)
+        if sum(images) != (0 if image_features is None else self.backend.shape(image_features)[0]):
             raise ValueError(f"{sum(images)} images are in the ids, but features of others were given")
         batch = Batch(tuple(Layout.of(len(row), rows) for row, rows in zip(ids, visual, strict=True)))
         check_rows(self.manifest, state.rows, batch.count)
@@ -153,15 +156,12 @@ class Pipeline:
         picked = [(stages[i].layer, self.backend.to_host(k), self.backend.to_host(s)) for i, k, s in selections]
         return self.backend.to_host(logits), _records(picked, images, tokens)
 
-    def _embed(self, ids: np.ndarray, batch: Batch, features: np.ndarray | None, meter: Meter) -> Tensor:
+    def _embed(self, ids: np.ndarray, batch: Batch, features: Tensor | None, meter: Meter) -> Tensor:
         feeds = {names.INPUT_IDS: self.backend.to_device(ids)}
         sizes = {"batch": len(ids), "sequence": batch.count}
         out = self._run(names.EMBED_TOKENS, feeds, [names.INPUTS_EMBEDS], meter, **sizes)
-        if features is None:
-            return out[names.INPUTS_EMBEDS]
-        embeds = self.backend.to_host(out[names.INPUTS_EMBEDS]).copy()  # [B, S, D]
-        embeds.reshape(-1, embeds.shape[-1])[batch.visual] = features
-        return self.backend.to_device(embeds)
+        embeds = out[names.INPUTS_EMBEDS]  # [B, S, D]
+        return embeds if features is None else self.backend.place(embeds, batch.visual, features)
 
     def _select(
         self, stage: int, rows: tuple[Tensor, Tensor, Tensor | None], batch: Batch, meter: Meter
@@ -230,7 +230,7 @@ class Pipeline:
 
     def _session(self, name: str) -> Session:
         if name not in self._sessions:
-            self._sessions[name] = self.backend.load(self.bundle.file(self.manifest.segment(name).file))
+            self._sessions[name] = self.backend.load(self.bundle, self.manifest.segment(name))
         return self._sessions[name]
 
     def _run(

@@ -96,7 +96,7 @@ def run_report(result: Mapping[str, Any]) -> str:
         ("decode, each token", flops(counts["decode_per_token"])),
     ]
     head = f"engine {result['engine']}, {result['prompt_tokens']} prompt tokens"
-    return "\n".join([head, *pruning_lines(result["pruning"]), "", table(rows, ("measured", ""))])
+    return "\n".join([head, *result["remarks"], *pruning_lines(result["pruning"]), "", table(rows, ("measured", ""))])
 
 
 def flops_report(result: Mapping[str, Any]) -> str:
@@ -214,8 +214,24 @@ def verify_report(result: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def build_report(result: Mapping[str, Any]) -> str:
+    """The engines of ``tokprune build``."""
+    rows = [
+        (s["name"], "yes" if s["built"] else "no", f"{s['seconds']:.1f} s", size(s["bytes"]), ", ".join(s["profiles"]))
+        for s in result["segments"]
+    ]
+    lines = [
+        table(rows, ("segment", "built now", "took", "engine", "profiles")),
+        "",
+        f"{result['library']} {result['version']} for {result['arch']}, selector {result['selector']}; "
+        f"{size(result['bytes'])} in {result['slot']}",
+    ]
+    return "\n".join(lines)
+
+
 def bench_report(result: Mapping[str, Any]) -> str:
     """Times of ``tokprune bench``, and what of the theoretical saving has been realised."""
+    peak = result["peak_tflops"]
     rows = [
         (
             s["name"],
@@ -223,12 +239,17 @@ def bench_report(result: Mapping[str, Any]) -> str:
             milliseconds(s["ms_p90"]),
             flops(1e9 * s["gflops"]),
             f"{s['achieved_tflops']:.3g}",
+            *([] if peak is None else [percent(s["peak_share"])]),
         )
         for s in result["segments"]
     ]
+    headers = ("segment", "median", "p90", "FLOPs", "TFLOP/s", *([] if peak is None else ["of peak"]))
     lines = [
-        table(rows, ("segment", "median", "p90", "FLOPs", "TFLOP/s")),
+        *result["remarks"],
+        table(rows, headers),
         "",
+        *([] if peak is None else [f"peak: {peak:.1f} TFLOP/s, dense FP16 at the highest clock allowed now"]),
+        f"selectors: {percent(result['selector_share'])} of prefill",
         f"decoder prefill, speed-up: {_times(result['decoder_speedup'])}, "
         f"in theory {_times(result['theoretical_decoder_speedup'])}; "
         f"{percent(result['realised_share'])} of the theoretical saving realised",

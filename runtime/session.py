@@ -12,7 +12,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tokprune.runtime.errors import UserError
+from tokprune.runtime.bundle import Bundle
+from tokprune.runtime.errors import EnginesMissing, UserError
+from tokprune.runtime.manifest import SegmentFacts
 
 Tensor = Any  # a backend's own handle: opaque to everything but its backend
 
@@ -21,76 +23,65 @@ class Session(Protocol):
     """One segment, ready to run."""
 
     def run(self, feeds: Mapping[str, Tensor], outputs: Sequence[str]) -> dict[str, Tensor]:
-        """Run once; give the named outputs."""
+        """Run once, to the end; give the named outputs."""
 
 
 class Backend(Protocol):
     """An engine library on one device."""
 
     name: str
+    remarks: tuple[str, ...]  # what a reader of its results must know, each a sentence's part
+    peak_tflops: float | None  # of the device in dense FP16 at its present clocks, where that is known
 
-    def load(self, path: Path) -> Session:
-        """Make a session of an ONNX file. Raises UserError if the engine refuses it."""
+    def load(self, bundle: Bundle, segment: SegmentFacts) -> Session:
+        """Make a session of a segment. Raises UserError if the engine refuses it."""
 
     def to_device(self, array: np.ndarray) -> Tensor: ...
 
     def to_host(self, tensor: Tensor) -> np.ndarray: ...
 
+    def shape(self, tensor: Tensor) -> tuple[int, ...]: ...
 
-class OnnxRuntimeCpu:
-    """ONNX Runtime's CPU provider: the embedded default, on every machine."""
+    def place(self, states: Tensor, rows: np.ndarray, features: Tensor) -> Tensor:
+        """``states`` [B, S, D] with the rows [I, N] of [B · S, D], N side by side, replaced by features [I, N, D].
 
-    def __init__(self, threads: int = 0) -> None:
-        """``threads`` 0 leaves the number to ONNX Runtime: one for each physical core."""
-        import onnxruntime
-
-        self._ort = onnxruntime
-        self.name = f"onnxruntime-{onnxruntime.__version__}-cpu"
-        self._options = onnxruntime.SessionOptions()
-        # Each session has threads of its own. Left spinning after a run, they take the cores from the next segment's:
-        # on two cores everything was 2.5 times slower (docs/log.md).
-        self._options.add_session_config_entry("session.force_spinning_stop", "1")
-        self._options.intra_op_num_threads = threads
-        self._options.log_severity_level = 3  # errors; what they say reaches the user as an exception
-
-    def load(self, path: Path) -> Session:
-        try:
-            session = self._ort.InferenceSession(path, self._options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime's exceptions have no narrower base
-            raise UserError(f"ONNX Runtime cannot load {path} ({error}): export the bundle again") from error
-        return _OrtSession(session, path)
-
-    def to_device(self, array: np.ndarray) -> Tensor:
-        return self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
-
-    def to_host(self, tensor: Tensor) -> np.ndarray:
-        return tensor.numpy()
+        ``states`` may be what is changed: nobody else may hold it.
+        """
 
 
-class _OrtSession:
-    def __init__(self, session: Any, path: Path) -> None:
-        self._session, self._path = session, path
-
-    def run(self, feeds: Mapping[str, Tensor], outputs: Sequence[str]) -> dict[str, Tensor]:
-        try:
-            values = self._session.run_with_ort_values(list(outputs), dict(feeds))
-        except Exception as error:  # as above; what is fed follows from the manifest, so the graph is another one
-            raise UserError(f"ONNX Runtime cannot run {self._path} ({error}): export the bundle again") from error
-        return dict(zip(outputs, values, strict=True))
+AUTO, TENSORRT = "auto", "tensorrt"
+ENGINES = (AUTO, TENSORRT, "onnxruntime", "onnxruntime-cuda", "onnxruntime-tensorrt")
 
 
-ENGINES = ("auto", "onnxruntime")
+def make_backend(engine: str, bundle: Bundle, *, threads: int = 0, plugins: Path | None = None) -> Backend:
+    """The backend of that name for ``bundle``; ``plugins`` is a library for ONNX Runtime's TensorRT provider.
 
-
-def make_backend(engine: str, threads: int = 0) -> Backend:
-    """The backend of that name; "auto" is ONNX Runtime on the CPU, the one that runs everywhere.
-
-    Raises UserError if its library is not installed.
+    "auto" is TensorRT where the bundle has engines that fit this machine, else ONNX Runtime on the CPU, which runs
+    everywhere. Raises UserError if the engine's library, provider, device or engines are not there.
     """
+    remarks: tuple[str, ...] = ()
     if threads < 0:
         raise UserError(f"{threads} threads were asked for: give a number, or 0 to let the engine choose")
+    if plugins is not None and engine != "onnxruntime-tensorrt":
+        raise UserError(
+            f"--plugins was given with engine '{engine}': it is for onnxruntime-tensorrt, engines that tokprune build "
+            "made have theirs beside them"
+        )
+    if engine in (AUTO, TENSORRT):
+        from tokprune.runtime.engines.slot import read_slots
+        from tokprune.runtime.engines.tensorrt import find_engines, open_tensorrt
+
+        try:
+            return open_tensorrt(bundle, find_engines(bundle))
+        except EnginesMissing as error:
+            if engine == TENSORRT:
+                raise
+            remarks = (str(error),) if any(read_slots(bundle.path)) else ()
+    from tokprune.runtime.ort import OnnxRuntime
+
     try:
-        return OnnxRuntimeCpu(threads)
+        name = "onnxruntime" if engine == AUTO else engine
+        return OnnxRuntime(name, threads=threads, plugins=plugins, remarks=remarks)
     except ImportError as error:
         raise UserError(
             f"engine '{engine}' needs onnxruntime, which is not there ({error}): pip install onnxruntime"

@@ -13,8 +13,9 @@ from conftest import random_modules
 from tokprune.export.lvpruning.modules import Modules, save_modules
 from tokprune.export.reference import Seen, choose
 from tokprune.export.selector import save_selector
-from tokprune.plugins.cross_attention_topk.reference import WEIGHTS
+from tokprune.plugins.cross_attention_topk.reference import MODULE_WEIGHTS
 from tokprune.runtime import metrics, names
+from tokprune.runtime.contract import PLUGIN_METHODS
 from tokprune.runtime.flops import module_flops
 from tokprune.runtime.layout import Layout
 from tokprune.runtime.manifest import ModelFacts, VisionFacts
@@ -127,6 +128,28 @@ def test_lofi_and_lvpruning_call_their_operators_and_only_they_count_flops(key: 
         assert one == 0
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("key", list(PLANS))
+def test_graph_for_the_plugin_differs_by_the_function_alone(key: str, dtype: str, tmp_path: Path):
+    modules_of(PLANS[key], tmp_path)
+    facts = save_selector(tmp_path, 0, PLANS[key], FACTS, dtype)
+    if PLANS[key].method not in PLUGIN_METHODS:
+        assert facts.plugin_file is None
+        assert not list(tmp_path.glob("*.plugin.onnx"))
+        return
+    native, plugin = (onnx.load(tmp_path / file, load_external_data=False) for file in (facts.file, facts.plugin_file))
+    (function,) = native.functions
+    assert [node.op_type for node in native.graph.node if node.domain] == [function.name]
+    (call,) = [node for node in plugin.graph.node if node.domain]
+    marks = {mark.name: mark for mark in call.attribute if mark.name.startswith("plugin_")}
+    assert {name: mark.s for name, mark in marks.items()} == {"plugin_version": b"1", "plugin_namespace": b"tokprune"}
+    for mark in marks.values():
+        call.attribute.remove(mark)
+    assert not plugin.functions
+    plugin.functions.append(function)
+    assert plugin.SerializeToString(deterministic=True) == native.SerializeToString(deterministic=True)
+
+
 def test_second_stage_has_no_image_grid_any_more(tmp_path: Path):
     plan = Plan("uniform", (Stage(0, 9), Stage(1, 3)))
     save_selector(tmp_path, 1, plan, FACTS, "float32")
@@ -198,6 +221,6 @@ class TestModules:
         assert (tmp_path / names.MODULES_FILE).read_bytes() == before
         assert (tmp_path / "select_1.onnx").stat().st_size < 20_000
         loaded = {tensor.name: tensor for tensor in onnx.load(tmp_path / "select_1.onnx").graph.initializer}
-        for name in WEIGHTS:
+        for name in MODULE_WEIGHTS:
             found = onnx.numpy_helper.to_array(loaded[f"stages.1.{name}"])
             np.testing.assert_array_equal(found, modules.weights[f"stages.1.{name}"])

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tokprune.plugins.build import SOURCES, source_files
+
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("runtime", "plugins", "calibration", "export")
 
@@ -57,6 +59,9 @@ def test_wheel_holds_every_file(wheel):
         for path in (ROOT / folder).rglob("*")
         if path.suffix in (".py", ".safetensors") or path.parent.name == "checkpoint"
     }
+    wanted |= {f"tokprune/plugins/{path.relative_to(SOURCES).as_posix()}" for path in source_files()}
+    assert "tokprune/plugins/CMakeLists.txt" in wanted
+    assert "tokprune/plugins/leverage_topk/launch.cu" in wanted
     assert "tokprune/export/demo/modules/default/modules.safetensors" in wanted
     assert "tokprune/export/demo/checkpoint/model.safetensors" in wanted
     assert wanted - names == set()

@@ -17,6 +17,7 @@ from torch import nn
 from tokprune.export.flops import count_flops
 from tokprune.export.lvpruning.module import DROP, KEEP, SelectorModule
 from tokprune.plugins.cross_attention_topk import body, reference
+from tokprune.plugins.nodes import Nodes
 from tokprune.plugins.topk import top_k
 from tokprune.runtime import metrics
 from tokprune.runtime.flops import module_flops
@@ -40,7 +41,7 @@ def random_weights(hidden: int, sizes: Module, seed: int = 0) -> dict[str, np.nd
     shapes = {"visual_proj": (width, hidden), "text_proj": (width, hidden), "up_proj": (inner, width)}
     shapes |= {"down_proj": (width, inner), "head": (2, width)}
     weights = {}
-    for name in reference.WEIGHTS:
+    for name in reference.MODULE_WEIGHTS:
         layer, _, kind = name.partition(".")
         if layer.endswith("norm"):
             value = rng.uniform(0.5, 2, hidden if layer in ("visual_norm", "text_norm") else width)
@@ -63,11 +64,14 @@ def rows(seed: int, *shape: int, dtype: type = np.float32) -> np.ndarray:
 
 def model_of(n: int, hidden: int, k: int, sizes: Module, dtype: type = np.float32, seed: int = 0) -> onnx.ModelProto:
     weights = random_weights(hidden, sizes, seed)
-    node, function = body.cross_attention_topk(
-        "x", "t", "valid", reference.WEIGHTS, ("kept_indices", "scores"), k, width=sizes.width, heads=sizes.heads
+    nodes = Nodes("module")
+    projected = body.projection_nodes(nodes, "x", "t", {name: name for name in reference.PROJECTIONS})
+    node = body.cross_attention_topk_node(
+        projected, "valid", reference.WEIGHTS, ("kept_indices", "scores"), k, heads=sizes.heads
     )
+    function = body.cross_attention_topk_function(k, width=sizes.width, heads=sizes.heads)
     graph = helper.make_graph(
-        [node],
+        [*nodes.protos, node],
         "select",
         [
             helper.make_tensor_value_info("x", ONNX_TYPES[dtype], ["images", n, hidden]),
@@ -78,7 +82,7 @@ def model_of(n: int, hidden: int, k: int, sizes: Module, dtype: type = np.float3
             helper.make_tensor_value_info("kept_indices", TensorProto.INT64, ["images", k]),
             helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["images", n]),
         ],
-        initializer=[onnx.numpy_helper.from_array(weights[name], name) for name in reference.WEIGHTS],
+        initializer=[onnx.numpy_helper.from_array(weights[name], name) for name in reference.MODULE_WEIGHTS],
     )
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid(body.DOMAIN, body.VERSION)]
     model = helper.make_model(graph, functions=[function], opset_imports=opsets, ir_version=10)
@@ -101,7 +105,7 @@ def run(session, x, t, valid=None):
 def assert_matches(kept, scores, x, t, k, sizes, seed=0) -> None:
     """One image's ``kept`` [k] and ``scores`` [N] against the reference for ``x`` [N, D] and ``t`` [M, D]."""
     weights = random_weights(x.shape[1], sizes, seed)
-    expected_kept, expected = reference.cross_attention_topk(x, t, k, weights, sizes.heads)
+    expected_kept, expected = reference.module_topk(x, t, k, weights, sizes.heads)
     assert np.ptp(expected) > 1  # scores that hardly differ would test nothing
     np.testing.assert_allclose(scores, expected, rtol=0, atol=TOLERANCE)
     np.testing.assert_array_equal(kept, top_k(scores, k))
@@ -150,12 +154,23 @@ class TestReference:
         expected = reference.keep_scores(x, t, weights, sizes.heads)
         np.testing.assert_allclose(scores, expected, rtol=0, atol=TOLERANCE)
 
+    def test_operator_is_what_follows_the_projections(self):
+        """Its reference on its own, as kernels are held against it."""
+        sizes = Module(16, 4, 32)
+        weights = random_weights(24, sizes)
+        x, t = rows(1, 20, 24), rows(2, 9, 24)
+        projected = reference.project_rows(x, t, weights)
+        assert [part.shape for part in projected] == [(20, 16), (20, 16), (9, 16), (9, 16)]
+        own = {name: weights[name] for name in reference.WEIGHTS}
+        found = reference.row_scores(*projected, own, sizes.heads)
+        np.testing.assert_array_equal(found, reference.keep_scores(x, t, weights, sizes.heads))
+
     def test_every_weight_counts(self):
         sizes = Module(16, 4, 32)
         x, t = rows(1, 20, 24), rows(2, 9, 24)
         weights = random_weights(24, sizes)
         before = reference.keep_scores(x, t, weights, 4)
-        for name in reference.WEIGHTS:
+        for name in reference.MODULE_WEIGHTS:
             changed = reference.keep_scores(x, t, {**weights, name: weights[name] * 1.5}, 4)
             assert np.abs(changed - before).max() > 1e-3, name
 
@@ -166,7 +181,7 @@ class TestReference:
 
     def test_ties_go_to_the_lower_index(self):
         x = np.repeat(rows(1, 4, 24), 3, axis=0)
-        kept, scores = reference.cross_attention_topk(x, rows(2, 9, 24), 4, random_weights(24, Module(16, 4, 32)), 4)
+        kept, scores = reference.module_topk(x, rows(2, 9, 24), 4, random_weights(24, Module(16, 4, 32)), 4)
         best, second = (np.flatnonzero(scores == value) for value in np.unique(scores)[:-3:-1])
         np.testing.assert_array_equal(kept, sorted([*best, second[0]]))
 
@@ -280,15 +295,18 @@ class TestBody:
             assert counted == images * module_flops(20, 24, m, sizes)
 
     def test_only_operators_of_tensorrt_10_3_and_no_fp64(self):
-        function = body.cross_attention_topk_function(6, width=16, heads=4)
-        assert {node.op_type for node in function.node} == TENSORRT_10_3
-        kinds = {a.t.data_type for node in function.node for a in node.attribute if a.name == "value"}
+        found = [*model_of(20, 24, 6, Module(16, 4, 32)).graph.node]
+        found.pop()  # the operator itself
+        found += body.cross_attention_topk_function(6, width=16, heads=4).node
+        assert {node.op_type for node in found} == TENSORRT_10_3
+        kinds = {a.t.data_type for node in found for a in node.attribute if a.name == "value"}
         assert kinds == {TensorProto.FLOAT, TensorProto.INT64}
 
     def test_node_says_all_that_a_plugin_needs(self):
-        node = body.cross_attention_topk_node("x", "t", "v", reference.WEIGHTS, ("kept_indices", "scores"), 64, heads=4)
+        rows = ("v", "q", "k", "u")
+        node = body.cross_attention_topk_node(rows, "valid", reference.WEIGHTS, ("kept", "scores"), 64, heads=4)
         assert (node.domain, node.op_type) == ("tokprune", "CrossAttentionTopK")
-        assert list(node.input) == ["x", "t", "v", *reference.WEIGHTS]
+        assert list(node.input) == ["v", "q", "k", "u", "valid", *reference.WEIGHTS]
         values = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
         assert values == {"k": 64, "heads": 4, "eps": pytest.approx(1e-6)}
         assert set(values) == set(body.ATTRIBUTES)
@@ -298,5 +316,7 @@ class TestBody:
             body.cross_attention_topk_function(0, width=16, heads=4)
         with pytest.raises(ValueError, match="5 heads do not divide"):
             body.cross_attention_topk_function(6, width=16, heads=5)
-        with pytest.raises(ValueError, match="2 weights were given"):
-            body.cross_attention_topk_node("x", "t", "v", ["a", "b"], ("kept", "scores"), 6, heads=4)
+        with pytest.raises(ValueError, match="4 rows and 2 weights were given, the operator has 4 and 9"):
+            body.cross_attention_topk_node(body.ROWS, "valid", ["a", "b"], ("kept", "scores"), 6, heads=4)
+        with pytest.raises(ValueError, match="weights were given for"):
+            body.projection_nodes(Nodes("module"), "x", "t", {"q_proj.weight": "q"})

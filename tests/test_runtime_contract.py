@@ -39,10 +39,12 @@ def manifest_of(plan: Plan, precision: str = "fp32") -> Manifest:
             tensors(contract.inputs),
             tensors(contract.outputs),
             (FlopsTerm(2, dict.fromkeys(sorted(contract.axes), 1)),),
+            contract.plugin_file,
         )
         for contract in contracts(bare)
     )
     paths = ["tokenizer.json", "preprocessor_config.json", *(segment.file for segment in segments)]
+    paths += [segment.plugin_file for segment in segments if segment.plugin_file]
     if plan.method == "lvpruning":
         paths += ["modules.safetensors", "modules.json"]
     files = tuple(FileFacts(path, 1, "0" * 64) for path in paths)
@@ -184,6 +186,12 @@ CONTRADICTIONS = {
     "weights in another order": (lambda m: swap(m["memory"], 1, 2), "weights of each segment"),
     "largest weight": (lambda m: m["memory"][2].update(largest_bytes=4), "of decoder_0 has 4 of 3 bytes"),
     "negative weight": (lambda m: m["memory"][2].update(largest_bytes=-1), "of decoder_0 has -1 of 3 bytes"),
+    "no plugin graph": (lambda m: m["segments"][3].update(plugin_file=None), "plugin's graph None, its plan select_0"),
+    "plugin graph of a decoder": (lambda m: m["segments"][2].update(plugin_file="d.onnx"), "plugin's graph d.onnx"),
+    "plugin graph not listed": (
+        lambda m: m.update(files=[f for f in m["files"] if f["path"] != "select_1.plugin.onnx"]),
+        "list the file select_1.plugin.onnx",
+    ),
     "graph not listed": (lambda m: m["segments"][0].update(file="v.onnx"), "v.onnx, which it needs"),
 }
 

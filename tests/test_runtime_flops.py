@@ -15,6 +15,7 @@ from tokprune.runtime.bundle import open_bundle
 from tokprune.runtime.cli.flops import command
 from tokprune.runtime.errors import UserError
 from tokprune.runtime.manifest import (
+    SCHEMA,
     FlopsTerm,
     Limits,
     Manifest,
@@ -134,7 +135,7 @@ def manifest() -> Manifest:
 
     decoder = (10, {names.SEQUENCE: 1}), (1, {names.SEQUENCE: 2}), (1, {names.SEQUENCE: 1, names.PAST: 1})
     return Manifest(
-        schema=3,
+        schema=SCHEMA,
         tools={},
         source={},
         model=TINY,

@@ -31,6 +31,7 @@ pieces = list(chat.ask("What is this?", [image], max_new_tokens=4))
 print(json.dumps({"tokens": chat.last.token_ids, "pruned": len(chat.last.pruned), "modules": sorted(sys.modules)}))
 """
 HEAVY = ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "safetensors", "sklearn", "scipy", "sympy")
+HEAVY += ("tensorrt", "tensorrt_rtx_bindings", "polygraphy")  # where engines are built or run
 SIBLINGS = ("tokprune.plugins", "tokprune.calibration", "tokprune.export")
 
 

@@ -22,7 +22,7 @@ from tokprune.runtime.manifest import (
 from tokprune.runtime.plan import Plan, Rank, Stage
 
 MANIFEST = Manifest(
-    schema=3,
+    schema=4,
     tools={"tokprune": "0.1.0"},
     source={"model": "tïny"},
     model=ModelFacts(
@@ -53,15 +53,15 @@ MANIFEST = Manifest(
             outputs=(TensorFacts("scores", ("images", 16), "float32"),),
             flops=(FlopsTerm(2**60 + 1, {"batch": 1, "sequence": 2}),),
         ),
-        SegmentFacts("embed_tokens", "embed_tokens.onnx", None, (), (), ()),
+        SegmentFacts("embed_tokens", "embed_tokens.onnx", None, (), (), (), "embed_tokens.plugin.onnx"),
     ),
     files=(FileFacts("tokenizer.json", 23915, "ab" * 32),),
     memory=(SegmentWeights("decoder_0", 2**40, "lm_head.weight", 2**30),),
 )
 
-# What version 3 of the schema looks like: a change here is a change of the format, and needs a new version.
+# What version 4 of the schema looks like: a change here is a change of the format, and needs a new version.
 TEXT = """{
- "schema": 3,
+ "schema": 4,
  "tools": {
   "tokprune": "0.1.0"
  },
@@ -155,7 +155,8 @@ TEXT = """{
       "sequence": 2
      }
     }
-   ]
+   ],
+   "plugin_file": null
   },
   {
    "name": "embed_tokens",
@@ -163,7 +164,8 @@ TEXT = """{
    "layers": null,
    "inputs": [],
    "outputs": [],
-   "flops": []
+   "flops": [],
+   "plugin_file": "embed_tokens.plugin.onnx"
   }
  ],
  "files": [
@@ -211,7 +213,7 @@ class TestReading:
 
     @pytest.mark.parametrize("schema", [0, SCHEMA + 1, -1, 1.0, True, "1", None, [1], {}])
     def test_schema(self, schema):
-        with pytest.raises(UserError, match=r"here has schema version .*, this tokprune reads version 3"):
+        with pytest.raises(UserError, match=r"here has schema version .*, this tokprune reads version 4"):
             Manifest.from_json(changed(lambda data: data.update(schema=schema)), "here")
 
     @pytest.mark.parametrize("text", ["[]", "3", "null", '"schema"', "{}"])

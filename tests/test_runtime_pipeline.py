@@ -14,8 +14,8 @@ from tokprune.export.lvpruning.modules import load_modules
 from tokprune.export.reference import Reference, Seen, choose
 from tokprune.runtime import metrics, names
 from tokprune.runtime.bundle import open_bundle
+from tokprune.runtime.ort import OnnxRuntime
 from tokprune.runtime.pipeline import Meter, Pipeline, Pruned
-from tokprune.runtime.session import OnnxRuntimeCpu
 
 PLAN = PLANS["lvpruning"]
 IMAGE = [3] * 16
@@ -43,7 +43,7 @@ class Watched(Pipeline):
 
 @pytest.fixture(scope="module")
 def pipeline(tiny_bundle) -> Watched:
-    return Watched(open_bundle(tiny_bundle("lvpruning")), OnnxRuntimeCpu())
+    return Watched(open_bundle(tiny_bundle("lvpruning")), OnnxRuntime())
 
 
 @pytest.fixture(scope="module")

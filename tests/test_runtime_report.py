@@ -78,6 +78,7 @@ def run_result(**changes: Any) -> dict[str, Any]:
         "peak_rss_mb": 812.3,
         "flops": {"prefill": 2.1e12, "decode_per_token": 13.3e9},
         "engine": "onnxruntime",
+        "remarks": [],
     } | changes
 
 
@@ -91,6 +92,9 @@ class TestRun:
         assert found["each further token"] == ["12.2 ms"]
         assert found["peak memory"] == ["812 MB"]
         assert found["prefill"] == ["2.10 TFLOP"]
+
+    def test_remarks_of_the_engine_are_shown(self) -> None:
+        assert "no CUDA graph" in report.run_report(run_result(remarks=["no CUDA graph"])).splitlines()
 
     def test_never_silent_when_nothing_was_pruned(self) -> None:
         pruning = {"applied": False, "reason": "the prompt has no image", "stages": []}
@@ -139,16 +143,48 @@ class TestVerify:
         assert text.endswith("\n\npassed")
 
 
+class TestBuild:
+    def test_engines_and_their_slot(self) -> None:
+        segment = {
+            "name": "decoder_0",
+            "built": True,
+            "bytes": 5_260_000,
+            "seconds": 1.66,
+            "profiles": ["prefill", "decode"],
+        }
+        text = report.build_report(
+            {
+                "segments": [segment],
+                "library": "tensorrt",
+                "version": "10.3.0",
+                "arch": "sm87",
+                "selector": "plugin",
+                "bytes": 5_260_000,
+                "slot": "bundle/engines/a",
+            }
+        )
+        assert cells(text)["decoder_0"] == ["yes", "1.7 s", "5.26 MB", "prefill, decode"]
+        assert text.endswith("tensorrt 10.3.0 for sm87, selector plugin; 5.26 MB in bundle/engines/a")
+
+
 class TestBench:
-    def test_realised_share(self) -> None:
+    @pytest.mark.parametrize(
+        ("peak", "share", "shown"), [(None, None, []), (42.6, 0.0029, ["0.3 %"])], ids=["cpu", "gpu"]
+    )
+    def test_realised_share(self, peak: float | None, share: float | None, shown: list[str]) -> None:
         segment = {"name": "decoder_0", "ms_median": 12.5, "ms_p90": 13.0, "gflops": 508.0, "achieved_tflops": 0.1234}
         text = report.bench_report(
             {
-                "segments": [segment],
+                "segments": [segment | {"peak_share": share}],
+                "remarks": [],
+                "peak_tflops": peak,
+                "selector_share": 0.012,
                 "decoder_speedup": 1.5,
                 "theoretical_decoder_speedup": 3.8,
                 "realised_share": 0.452,
             }
         )
-        assert cells(text)["decoder_0"] == ["12.5 ms", "13.0 ms", "508 GFLOP", "0.123"]
+        assert cells(text)["decoder_0"] == ["12.5 ms", "13.0 ms", "508 GFLOP", "0.123", *shown]
+        assert "selectors: 1.2 % of prefill" in text
+        assert ("peak: 42.6 TFLOP/s" in text) == (peak is not None)
         assert "speed-up: 1.50×, in theory 3.80×; 45.2 % of the theoretical saving realised" in text

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from tokprune.plugins.build import LIBRARY
 from tokprune.runtime import jetson, memory, report
+from tokprune.runtime.engines.targets import JETSON
 from tokprune.runtime.errors import UserError
 from tokprune.runtime.limits import DEFAULT_BATCH, make_limits
 from tokprune.runtime.manifest import ModelFacts
@@ -25,6 +27,8 @@ from tokprune.runtime.plan import (
     parse_rank,
     parse_stage,
 )
+
+ANY = "any"
 
 if TYPE_CHECKING:
     from tokprune.export.lvpruning.modules import Modules
@@ -48,7 +52,14 @@ if TYPE_CHECKING:
     help="lvpruning: what 'tokprune train' wrote; its stages are the default. [default for demo: shipped]",
 )
 @click.option("--seed", type=click.IntRange(min=0), help="random: seed of the draw. [default: 0]")
-@click.option("--precision", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True)
+@click.option(
+    "--target",
+    type=click.Choice([ANY, JETSON]),
+    default=ANY,
+    show_default=True,
+    help=f"What it is for. A bundle runs everywhere; {JETSON} means FP16, and says what to do there.",
+)
+@click.option("--precision", type=click.Choice(["fp32", "fp16"]), help=f"[default: fp32, for {JETSON} fp16]")
 @click.option(
     "--split-lm-head",
     "head_pieces",
@@ -78,7 +89,8 @@ def command(
     stage_texts: tuple[str, ...],
     modules_dir: Path | None,
     seed: int | None,
-    precision: str,
+    target: str,
+    precision: str | None,
     head_pieces: int | None,
     max_batch_size: int | None,
     max_input_len: int | None,
@@ -115,6 +127,7 @@ def command(
         max_input_length=max_input_len,
         max_kv_capacity=max_kv_cache_capacity,
     )
+    precision = precision or ("fp16" if target == JETSON else "fp32")
     out = out or Path(f"{Path(model).name}-{method}")
     check_out(out)
     total, done = steps(plan, checkpoint.facts.layers), 0
@@ -156,6 +169,12 @@ def command(
             f"{out}: {plan}; {precision}, {len(manifest.segments)} segments, {size / 1e6:.1f} MB, {seconds:.1f} s"
         )
     click.echo(report.memory_verdict(jetson.memory_record(memory.from_manifest(manifest))), err=True)
+    if target == JETSON:
+        plugins = any(segment.plugin_file for segment in manifest.segments)
+        make, use = (
+            ("tokprune build-plugins --out plugins, then ", f" --plugins plugins/{LIBRARY}") if plugins else ("", "")
+        )
+        click.echo(f"Next, on the Jetson: {make}tokprune build {out.name} --target {JETSON}{use}", err=True)
 
 
 def _plan(

@@ -57,6 +57,9 @@ from tokprune.runtime.session import ENGINES
 @click.option("--max-logit-diff", type=float, help="Gate: parity, where the kept sets are equal.")
 @click.option("--min-greedy-agreement", type=float, help="Gate: parity of greedy tokens.")
 @click.option("--engine", type=click.Choice(ENGINES), default="auto", show_default=True)
+@click.option(
+    "--plugins", type=click.Path(path_type=Path), help="For onnxruntime-tensorrt: a library of TensorRT plugins."
+)
 @click.option("--threads", default=0, show_default=True, help="CPU threads; 0 lets the engine choose.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
@@ -69,6 +72,7 @@ def command(
     batch_size: int,
     layers: int | None,
     engine: str,
+    plugins: Path | None,
     threads: int,
     as_json: bool,
     **limits: float | None,
@@ -96,7 +100,7 @@ def command(
 
             data = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "scenes" / "data.jsonl"
             demo_data(24 if limit is None else limit, data.parent, 0)
-        model = Model(opened, engine, threads)
+        model = Model(opened, engine, threads, plugins)
         result, lines = _compare(model, source, read_samples(data, limit), max_new_tokens, spectrum_samples, batch_size)
     result["gates"] = gates(result["parity"], result["consistency"], **limits)
     result["passed"] = all(gate["passed"] for gate in result["gates"])

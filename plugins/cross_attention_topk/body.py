@@ -1,57 +1,68 @@
 """CrossAttentionTopK as an ONNX function of standard operators: what runs where no plugin does.
 
-Everything is FP32: rows are cast once, so that squares of FP16 rows of massive activation do not overflow. The
-number of text rows is open; rows that only fill up get no attention. Weights are inputs in the checkpoint's
-[out, in] layout, under a Transpose that engines fold away. Only operators that TensorRT 10.3 has. Knows no engine.
+The module's projections stand before it, as nodes of the graph. Everything is FP32: rows are cast once, so that
+squares of FP16 rows of massive activation do not overflow. The number of text rows is open; rows that only fill up
+get no attention. Weights are inputs in the checkpoint's [out, in] layout, under a Transpose that engines fold away.
+Only operators that TensorRT 10.3 has. Knows no engine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from onnx import FunctionProto, NodeProto, helper
 
-from tokprune.plugins.cross_attention_topk.reference import EPS, WEIGHTS
-from tokprune.plugins.nodes import OPSET, Nodes
+from tokprune.plugins.cross_attention_topk.reference import EPS, PROJECTIONS, WEIGHTS
+from tokprune.plugins.nodes import DOMAIN, OPSET, Nodes
 from tokprune.plugins.topk import top_k_nodes
 
-DOMAIN, OP_TYPE, VERSION = "tokprune", "CrossAttentionTopK", 1
+OP_TYPE, VERSION = "CrossAttentionTopK", 1
 ATTRIBUTES = ("k", "heads", "eps")
 
 _MASKED = -1e30  # as a logit: its share is exactly 0 beside any other
 
 
-def cross_attention_topk(
-    visual: str,
-    text: str,
-    text_valid: str,
-    weights: Sequence[str],
-    outputs: Sequence[str],
-    k: int,
-    *,
-    width: int,
-    heads: int,
-) -> tuple[NodeProto, FunctionProto]:
-    """The node that maps its inputs to ``outputs`` (kept_indices, scores), and the function that it calls."""
-    node = cross_attention_topk_node(visual, text, text_valid, weights, outputs, k, heads=heads)
-    return node, cross_attention_topk_function(k, width=width, heads=heads)
+ROWS = ("v", "q", "k", "u")  # the operator's first inputs
+
+
+def projection_nodes(nodes: Nodes, visual: str, text: str, weights: Mapping[str, str]) -> list[str]:
+    """Add nodes that make the operator's `ROWS` of ``visual`` [I, N, D] and ``text`` [I, M, D]; return their names.
+
+    Rows are of any float type and finite; ``weights`` gives the name of each tensor of `PROJECTIONS`.
+    """
+    if set(weights) != set(PROJECTIONS):
+        raise ValueError(f"weights were given for {sorted(weights)}, the projections are {sorted(PROJECTIONS)}")
+    v, t = (
+        _linear(nodes, _norm(nodes, nodes.add("Cast", rows, to=Nodes.FLOAT), norm), projection)
+        for rows, norm, projection in (
+            (visual, weights["visual_norm.weight"], weights["visual_proj.weight"]),  # [I, N, W]
+            (text, weights["text_norm.weight"], weights["text_proj.weight"]),  # [I, M, W]
+        )
+    )
+    sources = (("q_proj.weight", v), ("k_proj.weight", t), ("v_proj.weight", t))
+    return [v, *(_linear(nodes, rows, weights[name]) for name, rows in sources)]
 
 
 def cross_attention_topk_node(
-    visual: str, text: str, text_valid: str, weights: Sequence[str], outputs: Sequence[str], k: int, *, heads: int
+    rows: Sequence[str], text_valid: str, weights: Sequence[str], outputs: Sequence[str], k: int, *, heads: int
 ) -> NodeProto:
-    """The node alone, as a plugin needs it; ``weights`` are names of tensors in the order of `WEIGHTS`."""
-    if len(weights) != len(WEIGHTS):
-        raise ValueError(f"{len(weights)} weights were given, the operator has {len(WEIGHTS)}")
-    inputs = [visual, text, text_valid, *weights]
+    """The node that maps its inputs to ``outputs`` (kept_indices, scores).
+
+    ``rows`` are names of tensors in the order of `ROWS`, ``weights`` in that of `WEIGHTS`.
+    """
+    if (len(rows), len(weights)) != (len(ROWS), len(WEIGHTS)):
+        raise ValueError(
+            f"{len(rows)} rows and {len(weights)} weights were given, the operator has {len(ROWS)} and {len(WEIGHTS)}"
+        )
+    inputs = [*rows, text_valid, *weights]
     return helper.make_node(OP_TYPE, inputs, list(outputs), name=OP_TYPE, domain=DOMAIN, k=k, heads=heads, eps=EPS)
 
 
 def cross_attention_topk_function(k: int, *, width: int, heads: int) -> FunctionProto:
     """The op, specialised to its attributes and its module's width W: a model holds one such function.
 
-    Inputs X [I, N, D] and T [I, M, D] of any float type, text_valid [I, M] bool with a true in each row, and
-    `WEIGHTS` in float32; outputs kept_indices [I, k] int64 and scores [I, N] float32. X and T must be finite.
+    Inputs v and q [I, N, W], k and u [I, M, W], all float32 and finite, text_valid [I, M] bool with a true in each
+    row, and `WEIGHTS` in float32; outputs kept_indices [I, k] int64 and scores [I, N] float32.
     """
     if k < 1:
         raise ValueError(f"k = {k} must be 1 at least")
@@ -61,9 +72,21 @@ def cross_attention_topk_function(k: int, *, width: int, heads: int) -> Function
     body.scores()
     top_k_nodes(body.nodes, "scores", k, "kept_indices")
     return helper.make_function(
-        DOMAIN, OP_TYPE, ["X", "T", "text_valid", *WEIGHTS], ["kept_indices", "scores"], body.nodes.protos,
+        DOMAIN, OP_TYPE, [*ROWS, "text_valid", *WEIGHTS], ["kept_indices", "scores"], body.nodes.protos,
         [helper.make_opsetid("", OPSET)], attributes=list(ATTRIBUTES),
     )  # fmt: skip
+
+
+def _norm(nodes: Nodes, x: str, weight: str) -> str:
+    """RMSNorm of float32 ``x`` [I, ·, ·]."""
+    mean = nodes.add("ReduceMean", nodes.add("Mul", x, x), nodes.int64([2]))
+    scale = nodes.add("Reciprocal", nodes.add("Sqrt", nodes.add("Add", mean, nodes.float32(EPS))))
+    return nodes.add("Mul", nodes.add("Mul", x, scale), weight)
+
+
+def _linear(nodes: Nodes, x: str, weight: str, bias: str | None = None) -> str:
+    y = nodes.add("MatMul", x, nodes.add("Transpose", weight, perm=[1, 0]))
+    return nodes.add("Add", y, bias) if bias else y
 
 
 class _Body:
@@ -76,34 +99,21 @@ class _Body:
     def scores(self) -> None:
         """Nodes up to the output "scores" [N]."""
         add, nodes = self.nodes.add, self.nodes
-        v = self._linear(self._norm(add("Cast", "X", to=Nodes.FLOAT), "visual_norm"), "visual_proj")  # [N, W]
-        t = self._linear(self._norm(add("Cast", "T", to=Nodes.FLOAT), "text_norm"), "text_proj")  # [M, W]
-        v = add("Add", v, self._linear(self._attention(v, t), "o_proj"))
-        inner = self._linear(self._norm(v, "mlp_norm"), "up_proj", bias=True)  # [N, F]
+        v = add("Add", "v", _linear(nodes, self._attention(), "o_proj.weight"))
+        inner = _linear(nodes, _norm(nodes, v, "mlp_norm.weight"), "up_proj.weight", "up_proj.bias")  # [N, F]
         inner = add("Mul", inner, add("Sigmoid", inner))
-        v = add("Add", v, self._linear(inner, "down_proj", bias=True))
-        logits = self._linear(self._norm(v, "head_norm"), "head", bias=True)  # [N, 2]
+        v = add("Add", v, _linear(nodes, inner, "down_proj.weight", "down_proj.bias"))
+        logits = _linear(nodes, _norm(nodes, v, "head_norm.weight"), "head.weight", "head.bias")  # [N, 2]
         keep, drop = nodes.add_many("Split", 2, logits, nodes.int64([1, 1]), axis=2)
         add("Squeeze", add("Sub", keep, drop), nodes.int64([2]), output="scores")
 
-    def _norm(self, x: str, name: str) -> str:
-        """RMSNorm of float32 ``x``."""
-        add, nodes = self.nodes.add, self.nodes
-        mean = add("ReduceMean", add("Mul", x, x), nodes.int64([2]))
-        scale = add("Reciprocal", add("Sqrt", add("Add", mean, nodes.float32(EPS))))
-        return add("Mul", add("Mul", x, scale), f"{name}.weight")
-
-    def _linear(self, x: str, name: str, bias: bool = False) -> str:
-        y = self.nodes.add("MatMul", x, self.nodes.add("Transpose", f"{name}.weight", perm=[1, 0]))
-        return self.nodes.add("Add", y, f"{name}.bias") if bias else y
-
-    def _attention(self, v: str, t: str) -> str:
-        """Mixed values [N, W] of ``t`` [M, W] for queries from ``v`` [N, W]."""
+    def _attention(self) -> str:
+        """Mixed values [N, W]."""
         add, nodes = self.nodes.add, self.nodes
         scale = nodes.float32((self._width // self._heads) ** -0.5)
-        q = self._split(add("Mul", self._linear(v, "q_proj"), scale), [0, 2, 1, 3])  # [heads, N, W / heads]
-        k = self._split(self._linear(t, "k_proj"), [0, 2, 3, 1])  # [heads, W / heads, M]
-        u = self._split(self._linear(t, "v_proj"), [0, 2, 1, 3])  # [heads, M, W / heads]
+        q = self._split(add("Mul", "q", scale), [0, 2, 1, 3])  # [heads, N, W / heads]
+        k = self._split("k", [0, 2, 3, 1])  # [heads, W / heads, M]
+        u = self._split("u", [0, 2, 1, 3])  # [heads, M, W / heads]
         valid = add("Unsqueeze", "text_valid", nodes.int64([1, 2]))  # [1, 1, M]
         logits = add("Where", valid, add("MatMul", q, k), nodes.float32(_MASKED))  # [heads, N, M]
         mixed = add("MatMul", add("Softmax", logits, axis=3), u)  # [heads, N, W / heads]

@@ -24,11 +24,11 @@ import numpy as np
 from onnx import FunctionProto, NodeProto, helper
 
 from tokprune.plugins.leverage_topk.reference import RANK_TOLERANCE
-from tokprune.plugins.nodes import OPSET, Nodes
+from tokprune.plugins.nodes import DOMAIN, OPSET, Nodes
 from tokprune.plugins.topk import top_k_nodes
 from tokprune.runtime.leverage import Settings, forms_gram, is_full, oversampling, subspace_width
 
-DOMAIN, OP_TYPE, VERSION = "tokprune", "LeverageTopK", 1
+OP_TYPE, VERSION = "LeverageTopK", 1
 ATTRIBUTES = ("k", "rank", "energy", "max_rank", "rounds", "oversampling", "purifications", "seed")
 
 _TINY = 1e-30  # keeps divisions finite where X = 0

@@ -22,6 +22,8 @@ VERBS = {  # verb: (module with ``command``, help in the list of verbs)
         "Export a checkpoint to a bundle, split where tokens are pruned.",
     ),
     "train": ("tokprune.export.cli.train", "Train LVPruning's modules, which choose tokens by the question."),
+    "build": ("tokprune.runtime.cli.build", "Build a bundle's TensorRT engines, on the machine that will run them."),
+    "build-plugins": ("tokprune.plugins.cli.build_plugins", "Build the TensorRT plugins that choose tokens."),
     "run": ("tokprune.runtime.cli.run", "Answer a question about an image."),
     "verify": ("tokprune.export.cli.verify", "Compare a bundle with PyTorch: parity and consistency."),
     "bench": (

@@ -21,6 +21,9 @@ from tokprune.runtime.session import ENGINES
 @click.option("--text-tokens", type=click.IntRange(min=2), default=36, show_default=True, help="Beside the image's.")
 @click.option("--new-tokens", type=click.IntRange(min=0), default=8, show_default=True, help="Decode steps a round.")
 @click.option("--engine", type=click.Choice(ENGINES), default="auto", show_default=True)
+@click.option(
+    "--plugins", type=click.Path(path_type=Path), help="For onnxruntime-tensorrt: a library of TensorRT plugins."
+)
 @click.option("--threads", default=0, show_default=True, help="CPU threads; 0 lets the engine choose.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
@@ -30,12 +33,13 @@ def command(
     text_tokens: int,
     new_tokens: int,
     engine: str,
+    plugins: Path | None,
     threads: int,
     as_json: bool,
 ) -> None:
     """Time BUNDLE's segments; with --against, also the share of the theoretical saving that was realised."""
-    pruned = load(bundle, engine=engine, threads=threads).pipeline
-    full = None if against is None else load(against, engine=engine, threads=threads).pipeline
+    pruned = load(bundle, engine=engine, threads=threads, plugins=plugins).pipeline
+    full = None if against is None else load(against, engine=engine, threads=threads, plugins=plugins).pipeline
     with click.progressbar(length=rounds + 2, label="timing", file=sys.stderr) as bar:
         result = bench(
             pruned,

@@ -34,6 +34,9 @@ from tokprune.runtime.session import ENGINES
 @click.option("--top-p", default=1.0, show_default=True, help="Sample from the smallest set with this probability.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the sampling.")
 @click.option("--engine", type=click.Choice(ENGINES), default="auto", show_default=True)
+@click.option(
+    "--plugins", type=click.Path(path_type=Path), help="For onnxruntime-tensorrt: a library of TensorRT plugins."
+)
 @click.option("--threads", default=0, show_default=True, help="CPU threads; 0 lets the engine choose.")
 @click.option("--check-hashes", is_flag=True, help="Hash large files too before running.")
 @click.option(
@@ -52,6 +55,7 @@ def command(
     top_p: float,
     seed: int,
     engine: str,
+    plugins: Path | None,
     threads: int,
     check_hashes: bool,
     overlay: Path | None,
@@ -65,7 +69,7 @@ def command(
         check_overlay_path(overlay)
     sampling = Sampling(temperature, top_p, seed)
     pictures = [load_image(image) for image in images]
-    model = load(bundle, engine=engine, threads=threads, check_hashes=check_hashes)
+    model = load(bundle, engine=engine, threads=threads, plugins=plugins, check_hashes=check_hashes)
     chat = model.chat()
     turns = []
     for turn, prompt in enumerate(prompts):

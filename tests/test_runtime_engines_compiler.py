@@ -20,14 +20,16 @@ from tokprune.export.checkpoint import find_checkpoint
 from tokprune.export.lvpruning.modules import load_modules
 from tokprune.export.pipeline import Graphs, export
 from tokprune.export.selector import save_selector
-from tokprune.runtime import UserError, names, rtx
+from tokprune.runtime import UserError, names
 from tokprune.runtime.bundle import read_manifest
+from tokprune.runtime.engines import compiler
+from tokprune.runtime.engines.versions import RTX
 from tokprune.runtime.flops import SEVEN_B
 from tokprune.runtime.manifest import ModelFacts, SegmentFacts, TensorFacts
 from tokprune.runtime.plan import METHODS, Plan, Rank, Stage, make_plan
 
 
-def is_accepted_as(segment: SegmentFacts, report: rtx.Report) -> None:
+def is_accepted_as(segment: SegmentFacts, report: compiler.Report) -> None:
     """TensorRT has read the tensors that the manifest promises, and has no complaint."""
     assert report.refusals == ()
     assert report.inputs == seen(segment.inputs)
@@ -36,16 +38,18 @@ def is_accepted_as(segment: SegmentFacts, report: rtx.Report) -> None:
     assert [line for line in report.log if not line.endswith("has Int64 binding.")] == []
 
 
-def seen(tensors: tuple[TensorFacts, ...]) -> tuple[rtx.TensorSeen, ...]:
+def seen(tensors: tuple[TensorFacts, ...]) -> tuple[compiler.TensorSeen, ...]:
     return tuple(
-        rtx.TensorSeen(tensor.name, tuple(-1 if isinstance(dim, str) else dim for dim in tensor.shape), tensor.dtype)
+        compiler.TensorSeen(
+            tensor.name, tuple(-1 if isinstance(dim, str) else dim for dim in tensor.shape), tensor.dtype
+        )
         for tensor in tensors
     )
 
 
 def all_accepted(bundle: Path) -> None:
     for segment in read_manifest(bundle).segments:
-        is_accepted_as(segment, rtx.parse(bundle / segment.file))
+        is_accepted_as(segment, compiler.parse(bundle / segment.file))
 
 
 def demo_plan(method: str, facts: ModelFacts) -> Plan:
@@ -93,12 +97,12 @@ class TestSelectors:
         shutil.copy(demo.modules_dir("default") / names.MODULES_FILE, tmp_path)
         for index in range(len(plan.stages)):
             segment = save_selector(tmp_path, index, plan, facts, dtype)
-            is_accepted_as(segment, rtx.parse(tmp_path / segment.file))
+            is_accepted_as(segment, compiler.parse(tmp_path / segment.file))
 
     def test_of_7b(self, tmp_path: Path):
         plan = Plan("lofi", (Stage(2, 192),), Rank(components=32))
         segment = save_selector(tmp_path, 0, plan, SEVEN_B, "float16")
-        is_accepted_as(segment, rtx.parse(tmp_path / segment.file))
+        is_accepted_as(segment, compiler.parse(tmp_path / segment.file))
 
 
 def write_graph(path: Path, *nodes: onnx.NodeProto, width: int = 4, functions=()) -> Path:
@@ -114,7 +118,7 @@ class TestRefusals:
     def test_operator_that_nobody_knows(self, tmp_path: Path):
         fine = helper.make_node("Abs", ["x"], ["a"], name="fine")
         odd = helper.make_node("LeverageTopK", ["a"], ["y"], name="odd", domain="tokprune")
-        report = rtx.parse(write_graph(tmp_path / "a.onnx", fine, odd))
+        report = compiler.parse(write_graph(tmp_path / "a.onnx", fine, odd))
         assert not report.accepted
         ((node, operator, message),) = ((r.node, r.operator, r.message) for r in report.refusals)
         assert (node, operator) == ("odd", "LeverageTopK")
@@ -125,7 +129,7 @@ class TestRefusals:
         inner = helper.make_node("Det", ["X"], ["Y"], name="inner")
         function = helper.make_function("tokprune", "F", ["X"], ["Y"], [inner], [helper.make_opsetid("", 20)])
         call = helper.make_node("F", ["x"], ["y"], domain="tokprune")
-        report = rtx.parse(write_graph(tmp_path / "a.onnx", call, functions=[function]))
+        report = compiler.parse(write_graph(tmp_path / "a.onnx", call, functions=[function]))
         assert [(r.node, r.operator) for r in report.refusals] == [("inner", "Det")]
 
     @pytest.mark.parametrize(("left", "word"), [(None, "Failed to open"), (100, "out of range")])
@@ -134,7 +138,7 @@ class TestRefusals:
         shutil.copy(bundle / "decoder_0.onnx", tmp_path)
         if left is not None:
             (tmp_path / "model.safetensors").write_bytes((bundle / "model.safetensors").read_bytes()[:left])
-        report = rtx.parse(tmp_path / "decoder_0.onnx")
+        report = compiler.parse(tmp_path / "decoder_0.onnx")
         assert "Failed to import initializer" in report.refusals[0].message
         assert any(word in line and str(tmp_path / "model.safetensors") in line for line in report.log)
 
@@ -143,7 +147,7 @@ class TestRefusals:
         """Of bytes that pass for unknown fields, or of none, the parser makes an empty network: a success."""
         if content is not None:
             (tmp_path / "a.onnx").write_bytes(content)
-        (refusal,) = rtx.parse(tmp_path / "a.onnx").refusals
+        (refusal,) = compiler.parse(tmp_path / "a.onnx").refusals
         assert ("no graph" if content is not None else "cannot be found") in refusal.message
 
 
@@ -153,8 +157,8 @@ PREFILL = dict(zip(AXES, (ONE, (1, 30, 64), (0, 0, 0), (1, 30, 64), ONE, ONE, (1
 DECODE = dict(zip(AXES, (ONE, ONE, (1, 30, 64), (2, 31, 65), ONE, ONE, ONE), strict=True))
 
 
-def profile(segment: SegmentFacts, sizes: dict[str, tuple[int, int, int]]) -> rtx.Profile:
-    def shape(tensor: TensorFacts, which: int) -> rtx.Shape:
+def profile(segment: SegmentFacts, sizes: dict[str, tuple[int, int, int]]) -> compiler.ShapeRanges:
+    def shape(tensor: TensorFacts, which: int) -> compiler.Shape:
         return tuple(sizes[dim][which] if isinstance(dim, str) else dim for dim in tensor.shape)
 
     return {tensor.name: (shape(tensor, 0), shape(tensor, 1), shape(tensor, 2)) for tensor in segment.inputs}
@@ -170,7 +174,7 @@ class TestBuild:
         profiles = [profile(segment, PREFILL), profile(segment, DECODE)]
         sizes = []
         for count in (1, 2):
-            report = rtx.build(bundle / segment.file, tmp_path / "engine", profiles[:count])
+            report = compiler.build(bundle / segment.file, tmp_path / "engine", profiles[:count])
             is_accepted_as(segment, report)
             sizes.append((tmp_path / "engine").stat().st_size)
         assert sizes[0] > weights  # the weights are in it
@@ -180,15 +184,17 @@ class TestBuild:
     def test_selectors(self, tiny_bundle, tmp_path: Path, key: str):
         bundle = tiny_bundle(key)
         segment = next(each for each in read_manifest(bundle).segments if each.name == "select_0")
-        is_accepted_as(segment, rtx.build(bundle / segment.file, tmp_path / "engine", [profile(segment, PREFILL)]))
+        is_accepted_as(segment, compiler.build(bundle / segment.file, tmp_path / "engine", [profile(segment, PREFILL)]))
         assert (tmp_path / "engine").stat().st_size > 0
 
     @pytest.mark.parametrize(
         ("profiles", "word"),
         [([], "profile"), ([{}], "input_ids"), ([{"input_ids": ((1, 9), (1, 5), (1, 9))}], "MIN<=OPT<=MAX")],
     )
-    def test_profile_that_does_not_fit(self, tiny_bundle, tmp_path: Path, profiles: list[rtx.Profile], word: str):
-        (refusal,) = rtx.build(tiny_bundle("lofi") / "embed_tokens.onnx", tmp_path / "engine", profiles).refusals
+    def test_profile_that_does_not_fit(
+        self, tiny_bundle, tmp_path: Path, profiles: list[compiler.ShapeRanges], word: str
+    ):
+        (refusal,) = compiler.build(tiny_bundle("lofi") / "embed_tokens.onnx", tmp_path / "engine", profiles).refusals
         assert word in refusal.message
         assert not (tmp_path / "engine").exists()
 
@@ -197,8 +203,8 @@ class TestBuild:
         k = helper.make_node("Constant", [], ["k"], value=numpy_helper.from_array(np.array([3841])))
         node = helper.make_node("TopK", ["x", "k"], ["y", "indices"], name="top")
         path = write_graph(tmp_path / "a.onnx", k, node, width=4000)
-        assert rtx.parse(path).accepted
-        assert "3840" in rtx.build(path, tmp_path / "engine", []).refusals[0].message
+        assert compiler.parse(path).accepted
+        assert "3840" in compiler.build(path, tmp_path / "engine", []).refusals[0].message
 
 
 class TestEnvironment:
@@ -208,23 +214,23 @@ class TestEnvironment:
 
         before = dict(os.environ)
         pins = (Path(__file__).parent / "constraints.txt").read_text().split()
-        engine = rtx.parse(tiny_bundle("none") / "embed_tokens.onnx").engine
+        engine = compiler.parse(tiny_bundle("none") / "embed_tokens.onnx").engine
         assert f"tensorrt-rtx-cu13-bindings=={engine.removeprefix('tensorrt-rtx-')}" in pins
         assert dict(os.environ) == before
         assert "tensorrt_rtx_bindings" not in sys.modules
 
-    @pytest.mark.parametrize("module", rtx.MODULES)
+    @pytest.mark.parametrize("module", RTX.modules)
     def test_wheel_missing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str):
         monkeypatch.setitem(sys.modules, module, None)
-        with pytest.raises(UserError, match=rf"parser was asked for, and {module} not found .*tokprune\[rtx\]"):
-            rtx.parse(tmp_path / "a.onnx")
+        with pytest.raises(UserError, match=rf"tensorrt-rtx was asked for, and {module} not found .*tokprune\[rtx\]"):
+            compiler.parse(tmp_path / "a.onnx")
 
     def test_wheel_without_its_library(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         (tmp_path / "tensorrt_rtx_libs").mkdir()
         (tmp_path / "tensorrt_rtx_libs" / "__init__.py").write_text("")
         monkeypatch.syspath_prepend(tmp_path)
         with pytest.raises(UserError, match=rf"{tmp_path}/tensorrt_rtx_libs holds no libtensorrt_rtx\.so: pip install"):
-            rtx.parse(tmp_path / "a.onnx")
+            compiler.parse(tmp_path / "a.onnx")
 
     @pytest.mark.parametrize(
         ("code", "words"),
@@ -240,4 +246,4 @@ class TestEnvironment:
         (tmp_path / "tensorrt_rtx_bindings.py").write_text(code)
         monkeypatch.setenv("PYTHONPATH", str(tmp_path))
         with pytest.raises(UserError, match=rf"{tmp_path}/a\.onnx and ended with .*{words}"):
-            rtx.parse(tmp_path / "a.onnx")
+            compiler.parse(tmp_path / "a.onnx")

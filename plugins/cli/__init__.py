@@ -1,0 +1,1 @@
+"""Commands of this folder, one file a verb."""

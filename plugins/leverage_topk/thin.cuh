@@ -1,0 +1,299 @@
+// Products with a tall, thin matrix of q columns: XXᵀ Q, XᵀQ and X B, in FP32 proper.
+//
+// A block makes a strip of 16 rows; its eight warps share out the sum and add up in a fixed order. Q = 16 QT columns,
+// those behind q being zero. Columns of a basis are scaled to unit norm by whoever reads it: the norms are not known
+// before all strips are there.
+#pragma once
+
+#include "sizes.cuh"
+
+namespace tokprune::leverage {
+
+constexpr int kThinThreads = 256, kThinWarps = kThinThreads / 32;  // at least one block a multiprocessor: no spills
+// Noise: on a unit diagonal, squares below this are rounding of FP32 products. Its columns are not scaled to unit norm,
+// nor eliminated from others. A shift of the diagonal, the usual mend, leaves its share of u_1 in every column, which
+// the next product multiplies by λ_1/λ_j: with gradings above 1e5 that diverges.
+constexpr float kFloor = 5e-6f;
+
+template <int QT>
+struct Thin {
+    static constexpr int kWidth = 16 * QT;
+    // Shared memory, in floats: the warps' shares, the strip, a vector of the width and the shares it is the sum of.
+    static constexpr int kTileAt = kThinWarps * kStrip * kWidth, kVectorAt = kTileAt + kStrip * kWidth;
+    static constexpr int kSharesAt = kVectorAt + kWidth;
+    static constexpr size_t kShared = (kSharesAt + kThinThreads) * sizeof(float);
+};
+
+// vector[j] = Σ source[i · stride + j · step] over i < count, for j < QT · 16: each thread adds every `groups`-th.
+template <int QT>
+__device__ void sumVector(float const* source, int count, int64_t stride, int step, float* vector, float* shares) {
+    constexpr int kWidth = 16 * QT, kGroups = kThinThreads / kWidth;
+    int const column = threadIdx.x % kWidth, group = threadIdx.x / kWidth;
+    if (group < kGroups) {
+        float sum = 0;
+#pragma unroll 4
+        for (int i = group; i < count; i += kGroups) sum += source[i * stride + column * step];
+        shares[threadIdx.x] = sum;
+    }
+    __syncthreads();
+    if (group == 0) {
+        float sum = 0;
+        for (int i = 0; i < kGroups; ++i) sum += shares[i * kWidth + column];
+        vector[column] = sum;
+    }
+    __syncthreads();
+}
+
+// Factors that scale a basis' columns to unit norm, from its strips' shares of basisᵀ basis.
+template <int QT>
+__device__ void columnScales(Sizes const& sizes, float const* parts, float* scales, float* shares) {
+    constexpr int kWidth = 16 * QT;
+    sumVector<QT>(parts, sizes.strips, kWidth * kWidth, kWidth + 1, scales, shares);
+    if (threadIdx.x < kWidth) scales[threadIdx.x] = 1 / sqrtf(fmaxf(scales[threadIdx.x], kFloor));
+    __syncthreads();
+}
+
+struct GramColumns {
+    float const* gram;
+    int pitch;
+    __device__ float4 operator()(int k, int row) const {  // symmetric: columns are rows
+        return *reinterpret_cast<float4 const*>(gram + static_cast<int64_t>(k) * pitch + row);
+    }
+};
+
+template <class T>
+struct alignas(4 * sizeof(T)) Four {
+    T values[4];
+};
+
+template <class T>
+struct InputColumns {  // Xᵀ's rows
+    T const* x;
+    int d;
+    bool vector;
+    __device__ float4 operator()(int k, int column) const {
+        T const* const from = x + static_cast<int64_t>(k) * d + column;
+        Four<T> four{};
+        if (vector) {
+            if (column < d) four = *reinterpret_cast<Four<T> const*>(from);
+        } else {
+            for (int i = 0; i < 4; ++i)
+                if (column + i < d) four.values[i] = from[i];
+        }
+        return {toFloat(four.values[0]), toFloat(four.values[1]), toFloat(four.values[2]), toFloat(four.values[3])};
+    }
+};
+
+template <class T>
+struct InputRows {  // X's rows
+    T const* x;
+    int n, d;
+    __device__ float4 operator()(int k, int row) const {
+        float values[4];
+        for (int i = 0; i < 4; ++i) values[i] = row + i < n ? toFloat(x[static_cast<int64_t>(row + i) * d + k]) : 0;
+        return {values[0], values[1], values[2], values[3]};
+    }
+};
+
+// tile [16, Q] = Σ over k in [begin, end) of left(k, row) · right[k, :]. Ends with a barrier.
+template <int QT, class Left>
+__device__ void thinProduct(Left const& left, int row, float const* right, int begin, int end, float* shared) {
+    constexpr int kWidth = Thin<QT>::kWidth;
+    int const lane = threadIdx.x % 32, warp = threadIdx.x / 32, rowAt = 4 * (lane / 8), columnAt = lane % 8;
+    float sums[4][2 * QT] = {};
+    // As many loads under way as registers allow: the L2 cache is far.
+    [[maybe_unused]] constexpr int kAtOnce = QT <= 2 ? 8 : QT <= 5 ? 4 : 2;
+#pragma unroll kAtOnce
+    for (int k = begin + warp; k < end; k += kThinWarps) {
+        float4 const a = left(k, row + rowAt);
+        float const* const b = right + static_cast<int64_t>(k) * kWidth + columnAt;
+#pragma unroll
+        for (int j = 0; j < 2 * QT; ++j) {
+            float const value = b[8 * j];
+            sums[0][j] += a.x * value;
+            sums[1][j] += a.y * value;
+            sums[2][j] += a.z * value;
+            sums[3][j] += a.w * value;
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+#pragma unroll
+        for (int j = 0; j < 2 * QT; ++j)
+            shared[(warp * kStrip + rowAt + i) * kWidth + columnAt + 8 * j] = sums[i][j];
+    __syncthreads();
+    for (int i = threadIdx.x; i < kStrip * kWidth; i += kThinThreads) {
+        float sum = 0;
+        for (int w = 0; w < kThinWarps; ++w) sum += shared[w * kStrip * kWidth + i];
+        shared[Thin<QT>::kTileAt + i] = sum;
+    }
+    __syncthreads();
+}
+
+// sums[a][b] += (tileᵀ tile) at row threadIdx.x / 16 + 16 a, column threadIdx.x % 16 + 16 b.
+template <int QT>
+__device__ void addSquare(float const* tile, float (&sums)[QT][QT]) {
+    int const row = threadIdx.x / 16, column = threadIdx.x % 16;
+    for (int r = 0; r < kStrip; ++r) {
+        float left[QT], right[QT];
+#pragma unroll
+        for (int a = 0; a < QT; ++a) {
+            left[a] = tile[r * 16 * QT + row + 16 * a];
+            right[a] = tile[r * 16 * QT + column + 16 * a];
+        }
+#pragma unroll
+        for (int a = 0; a < QT; ++a)
+#pragma unroll
+            for (int b = 0; b < QT; ++b) sums[a][b] += left[a] * right[b];
+    }
+}
+
+// Writes a matrix [Q, Q] that the block holds as addSquare does.
+template <int QT>
+__device__ void writeSquare(float const (&sums)[QT][QT], float* out) {
+    int const row = threadIdx.x / 16, column = threadIdx.x % 16;
+#pragma unroll
+    for (int a = 0; a < QT; ++a)
+#pragma unroll
+        for (int b = 0; b < QT; ++b) out[(row + 16 * a) * 16 * QT + column + 16 * b] = sums[a][b];
+}
+
+// Calls visit(j, row, column) for j < count with row and column j of the matrix m that the block holds as addSquare
+// does, as they then are; visit may change m. `shared` [4 Q]: row and column, twice, in turn; one barrier for each j.
+// The outer loop is unrolled so that m stays in registers.
+template <int QT, class Visit>
+__device__ void forPivots(float (&m)[QT][QT], int count, float* shared, Visit visit) {
+    constexpr int kWidth = 16 * QT;
+    int const row = threadIdx.x / 16, column = threadIdx.x % 16;
+#pragma unroll
+    for (int t = 0; t < QT; ++t)
+#pragma unroll 1
+        for (int s = 0; s < 16 && 16 * t + s < count; ++s) {
+            float *const pivotRow = shared + s % 2 * 2 * kWidth, *const pivotColumn = pivotRow + kWidth;
+#pragma unroll
+            for (int b = 0; b < QT; ++b) {
+                if (row == s) pivotRow[column + 16 * b] = m[t][b];
+                if (column == s) pivotColumn[row + 16 * b] = m[b][t];
+            }
+            __syncthreads();
+            visit(16 * t + s, pivotRow, pivotColumn);
+        }
+}
+
+template <int QT>
+__device__ void writePart(float const* tile, float* part) {
+    float sums[QT][QT] = {};
+    addSquare<QT>(tile, sums);
+    writeSquare<QT>(sums, part);
+}
+
+// Grid (strips, 1, images): Y = (XXᵀ / tr(XXᵀ) − c) Q from basis[from] to the other, and its part of YᵀY. `node` is
+// c's share of the least Rayleigh quotient of the turn before, or 0; the first turn's Q is taken as it is.
+template <int QT>
+__global__ void __launch_bounds__(kThinThreads, 1)
+    multiplyKernel(Sizes sizes, float* workspace, int from, int turn, float node) {
+    TOKPRUNE_SHARED(memory);
+    float* const shared = reinterpret_cast<float*>(memory);
+    constexpr int kWidth = Thin<QT>::kWidth;
+    float *const tile = shared + Thin<QT>::kTileAt, *const vector = shared + Thin<QT>::kVectorAt;
+    float* const shares = shared + Thin<QT>::kSharesAt;
+    Scratch const scratch = scratchOf(sizes, workspace, blockIdx.z);
+    int const row = blockIdx.x * kStrip;
+    float shift = 0;
+    if (node > 0) {
+        sumVector<QT>(scratch.quotients[(turn + 1) % 2], sizes.strips, kWidth, 1, vector, shares);
+        shift = vector[0];
+        for (int j = 1; j < sizes.q; ++j) shift = fminf(shift, vector[j]);
+        shift *= node;
+        __syncthreads();  // before the vector is written again
+    }
+    thinProduct<QT>(GramColumns{scratch.gram, sizes.nPadded}, row, scratch.basis[from], 0, sizes.n, shared);
+    if (turn > 0) {
+        columnScales<QT>(sizes, scratch.parts[from], vector, shares);
+    } else if (threadIdx.x < kWidth) {
+        vector[threadIdx.x] = 1;
+    }
+    __syncthreads();
+    float const inverseTrace = *scratch.inverseTrace;
+    float const* const before = scratch.basis[from] + row * kWidth;
+    float* const products = shared;  // the warps' shares are done with; of basis and result, before the shift
+    for (int i = threadIdx.x; i < kStrip * kWidth; i += kThinThreads) {
+        float const scale = vector[i % kWidth], unit = before[i] * scale, value = tile[i] * scale * inverseTrace;
+        products[i] = unit * value;
+        tile[i] = value - shift * unit;
+        scratch.basis[1 - from][row * kWidth + i] = tile[i];
+    }
+    __syncthreads();
+    if (threadIdx.x < kWidth) {
+        float quotient = 0;
+        for (int r = 0; r < kStrip; ++r) quotient += products[r * kWidth + threadIdx.x];
+        scratch.quotients[turn % 2][blockIdx.x * kWidth + threadIdx.x] = quotient;
+    }
+    writePart<QT>(tile, scratch.parts[1 - from] + static_cast<int64_t>(blockIdx.x) * kWidth * kWidth);
+}
+
+// Grid (inputParts, 1, images): B = XᵀQ for Q = basis[from], to `projected`, or else only the part of BᵀB / tr(XXᵀ).
+template <int QT, class T>
+__global__ void __launch_bounds__(kThinThreads, 1)
+    projectKernel(Sizes sizes, T const* x, float* workspace, int from, bool square) {
+    TOKPRUNE_SHARED(memory);
+    float* const shared = reinterpret_cast<float*>(memory);
+    constexpr int kWidth = Thin<QT>::kWidth;
+    float *const tile = shared + Thin<QT>::kTileAt, *const scales = shared + Thin<QT>::kVectorAt;
+    Scratch const scratch = scratchOf(sizes, workspace, blockIdx.z);
+    x += static_cast<int64_t>(blockIdx.z) * sizes.n * sizes.d;
+    columnScales<QT>(sizes, scratch.parts[from], scales, shared + Thin<QT>::kSharesAt);
+    float sums[QT][QT] = {};
+    for (int column = blockIdx.x * kStrip; column < sizes.d; column += sizes.inputParts * kStrip) {
+        thinProduct<QT>(InputColumns<T>{x, sizes.d, sizes.vector}, column, scratch.basis[from], 0, sizes.n, shared);
+        for (int i = threadIdx.x; i < kStrip * kWidth; i += kThinThreads) {
+            tile[i] *= scales[i % kWidth];
+            if (!square) scratch.projected[static_cast<int64_t>(column) * kWidth + i] = tile[i];
+        }
+        __syncthreads();
+        if (square) addSquare<QT>(tile, sums);
+    }
+    if (!square) return;
+    float const inverseTrace = *scratch.inverseTrace;
+#pragma unroll
+    for (int a = 0; a < QT; ++a)
+#pragma unroll
+        for (int b = 0; b < QT; ++b) sums[a][b] *= inverseTrace;
+    writeSquare<QT>(sums, scratch.inputParts + static_cast<int64_t>(blockIdx.x) * kWidth * kWidth);
+}
+
+// Grid (strips, inputSplits, images): one split's share of X B.
+template <int QT, class T>
+__global__ void __launch_bounds__(kThinThreads, 1) applyKernel(Sizes sizes, T const* x, float* workspace) {
+    TOKPRUNE_SHARED(memory);
+    float* const shared = reinterpret_cast<float*>(memory);
+    constexpr int kWidth = Thin<QT>::kWidth;
+    Scratch const scratch = scratchOf(sizes, workspace, blockIdx.z);
+    x += static_cast<int64_t>(blockIdx.z) * sizes.n * sizes.d;
+    int const row = blockIdx.x * kStrip, begin = min(static_cast<int>(blockIdx.y) * sizes.inputSplit, sizes.d);
+    int const end = min(begin + sizes.inputSplit, sizes.d);
+    thinProduct<QT>(InputRows<T>{x, sizes.n, sizes.d}, row, scratch.projected, begin, end, shared);
+    float* const out = scratch.split + (static_cast<int64_t>(blockIdx.y) * sizes.nPadded + row) * kWidth;
+    for (int i = threadIdx.x; i < kStrip * kWidth; i += kThinThreads) out[i] = shared[Thin<QT>::kTileAt + i];
+}
+
+// Grid (strips, 1, images): Y = X B / tr(XXᵀ) from its splits to the basis beside basis[from], and its part of YᵀY.
+template <int QT>
+__global__ void __launch_bounds__(kThinThreads) gatherSplitsKernel(Sizes sizes, float* workspace, int from) {
+    TOKPRUNE_SHARED(memory);
+    float* const tile = reinterpret_cast<float*>(memory);
+    constexpr int kWidth = Thin<QT>::kWidth;
+    Scratch const scratch = scratchOf(sizes, workspace, blockIdx.z);
+    int const first = blockIdx.x * kStrip * kWidth;
+    for (int i = threadIdx.x; i < kStrip * kWidth; i += kThinThreads) {
+        float sum = 0;
+        for (int split = 0; split < sizes.inputSplits; ++split)
+            sum += scratch.split[static_cast<int64_t>(split) * sizes.nPadded * kWidth + first + i];
+        tile[i] = sum * *scratch.inverseTrace;
+        scratch.basis[1 - from][first + i] = tile[i];
+    }
+    __syncthreads();
+    writePart<QT>(tile, scratch.parts[1 - from] + static_cast<int64_t>(blockIdx.x) * kWidth * kWidth);
+}
+
+}  // namespace tokprune::leverage

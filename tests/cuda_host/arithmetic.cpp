@@ -1,0 +1,91 @@
+// The arithmetic of cuda_host.h: tensor-core products and the types that C++ lacks.
+
+#include <vector>
+
+#include "cuda_host.h"
+
+namespace cuda_host {
+namespace {
+
+float towardsZero(double value) {
+    float const nearest = static_cast<float>(value);
+    return std::abs(static_cast<double>(nearest)) > std::abs(value) ? std::nextafterf(nearest, 0.0f) : nearest;
+}
+
+struct Fragments {
+    float* c;
+    uint32_t const *a, *b;
+};
+
+// c += a b over PTX's fragments of m16n8k(8 · Each): a register holds `Each` elements, which `get(register, e)` gives.
+template <int Each, class Get>
+void multiply(void* const* posts, Get get) {
+    constexpr int kDepth = 8 * Each;
+    static float a[16][kDepth], b[8][kDepth];
+    for (int lane = 0; lane < kWarp; ++lane) {
+        Fragments const& mine = *static_cast<Fragments*>(posts[lane]);
+        for (int e = 0; e < Each; ++e) {
+            int const row = lane / 4, k = lane % 4 * Each + e;
+            a[row][k] = get(mine.a[0], e);
+            a[row + 8][k] = get(mine.a[1], e);
+            a[row][k + 4 * Each] = get(mine.a[2], e);
+            a[row + 8][k + 4 * Each] = get(mine.a[3], e);
+            b[row][k] = get(mine.b[0], e);
+            b[row][k + 4 * Each] = get(mine.b[1], e);
+        }
+    }
+    for (int lane = 0; lane < kWarp; ++lane)
+        for (int i = 0; i < 4; ++i) {
+            int const row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
+            float& value = static_cast<Fragments*>(posts[lane])->c[i];
+            double sum = value;
+            for (int k = 0; k < kDepth; ++k) sum += static_cast<double>(a[row][k]) * b[column][k];
+            value = towardsZero(sum);
+        }
+}
+
+void meet(float (&c)[4], uint32_t const (&a)[4], uint32_t const (&b)[2], int line, void (*operation)(void* const*)) {
+    Fragments mine{c, a, b};
+    warpMeeting(__FILE__, line, &mine, operation);
+}
+
+}  // namespace
+
+float halfToFloat(uint16_t bits) {
+    static std::vector<float> const table = [] {
+        std::vector<float> values(1 << 16);
+        for (int i = 0; i < 1 << 16; ++i) {
+            int const exponent = i >> 10 & 31, fraction = i & 1023;
+            float value = exponent ? std::ldexp(1024.0f + static_cast<float>(fraction), exponent - 25)
+                                   : std::ldexp(static_cast<float>(fraction), -24);
+            if (exponent == 31) value = fraction ? NAN : INFINITY;
+            values[static_cast<size_t>(i)] = i >> 15 ? -value : value;
+        }
+        return values;
+    }();
+    return table[bits];
+}
+
+uint32_t toTf32(float value) {
+    return (__float_as_uint(value) + 0x1000u) & ~0x1fffu;
+}
+
+void mmaHalf(float (&c)[4], uint32_t const (&a)[4], uint32_t const (&b)[2]) {
+    meet(c, a, b, __LINE__, [](void* const* posts) {
+        multiply<2>(posts, [](uint32_t word, int e) { return halfToFloat(static_cast<uint16_t>(word >> 16 * e)); });
+    });
+}
+
+void mmaBFloat16(float (&c)[4], uint32_t const (&a)[4], uint32_t const (&b)[2]) {
+    meet(c, a, b, __LINE__, [](void* const* posts) {
+        multiply<2>(posts, [](uint32_t word, int e) { return __uint_as_float((word >> 16 * e) << 16); });
+    });
+}
+
+void mmaTf32(float (&c)[4], uint32_t const (&a)[4], uint32_t const (&b)[2]) {
+    meet(c, a, b, __LINE__, [](void* const* posts) {  // hardware does not look at the low bits
+        multiply<1>(posts, [](uint32_t word, int) { return __uint_as_float(word & ~0x1fffu); });
+    });
+}
+
+}  // namespace cuda_host

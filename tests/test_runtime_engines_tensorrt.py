@@ -1,0 +1,360 @@
+"""Sessions on TensorRT, with a GPU and a library that are not there (``fake_tensorrt``): all but the kernels is ours.
+
+What a whole model says must be what ONNX Runtime makes it say, since the fake engines run the same graphs; memory,
+copies, profiles and errors are then counted.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+from pathlib import Path
+
+import fake_tensorrt
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from conftest import PLANS
+from fake_tensorrt import FakeCuda
+from PIL import Image
+
+from tokprune.export.checkpoint import find_checkpoint
+from tokprune.export.pipeline import export
+from tokprune.runtime import UserError, names
+from tokprune.runtime.bench import bench
+from tokprune.runtime.chat import Model, load, result_record
+from tokprune.runtime.cli.run import command
+from tokprune.runtime.engines import cuda
+from tokprune.runtime.engines.slot import PLUGIN_LIBRARY
+from tokprune.runtime.pipeline import Meter
+from tokprune.runtime.report import bench_report
+
+IMAGE = [3] * 16
+
+
+@pytest.fixture
+def picture() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def bundle(tiny_bundle, tmp_path: Path) -> Path:
+    return shutil.copytree(tiny_bundle("lofi-2"), tmp_path / "bundle")
+
+
+@pytest.fixture
+def trt(monkeypatch) -> fake_tensorrt.FakeTensorRt:
+    return fake_tensorrt.install(monkeypatch)
+
+
+def turns(model: Model, picture) -> list:
+    chat, found = model.chat(), []
+    for question, images in (("What is this?", [picture, picture]), ("And red?", []), ("Which digit?", [picture])):
+        list(chat.ask(question, images, max_new_tokens=4))
+        found.append((chat.last.token_ids, [pruned.indices.tolist() for pruned in chat.last.pruned]))
+    return found
+
+
+class TestAnswers:
+    @pytest.mark.parametrize("key", ["none", "random-0", "uniform", "lvpruning", "fastv-2", "lofi-2"])
+    def test_as_onnxruntime_gives_them(self, tiny_bundle, tmp_path, trt, picture, key):
+        """Three turns, images in the first and the last; and a batch of prompts with two images, one and none."""
+        path = shutil.copytree(tiny_bundle(key), tmp_path / key)
+        fake_tensorrt.write_slot(path)
+        ours, theirs = load(path, engine="tensorrt"), load(path, engine="onnxruntime")
+        assert turns(ours, picture) == turns(theirs, picture)
+        questions, images = ["What is this?", "Which?", "Red"], [[picture, picture], picture, None]
+        answers = [
+            [(answer.text, answer.generation.token_ids) for answer in model.answer(questions, images, max_new_tokens=5)]
+            for model in (ours, theirs)
+        ]
+        assert answers[0] == answers[1]
+        assert {name: context.runs > 0 for name, context in trt.contexts.items()} == {
+            segment.name: True for segment in ours.bundle.manifest.segments
+        }
+
+    def test_logits_are_the_same_to_the_bit(self, bundle, trt):
+        fake_tensorrt.write_slot(bundle)
+        features = np.random.default_rng(1).standard_normal((1, 16, 64)).astype(np.float32)
+        found = []
+        for engine in ("tensorrt", "onnxruntime"):
+            pipeline = load(bundle, engine=engine).pipeline
+            state = pipeline.new_state()
+            logits = [pipeline.forward(state, [[0, 7, *IMAGE, 9]], Meter(), image_features=features)[0]]
+            logits += [pipeline.forward(state, [[token]], Meter())[0] for token in (20, 21, 22)]
+            found.append(np.concatenate(logits))
+        np.testing.assert_array_equal(found[0], found[1])
+
+    def test_the_result_says_what_ran(self, bundle, trt, picture):
+        fake_tensorrt.write_slot(bundle)
+        model = load(bundle)  # auto, where engines fit
+        chat = model.chat()
+        list(chat.ask("What is this?", [picture], max_new_tokens=2))
+        record = result_record(model, "", chat.last)
+        assert record["engine"] == "tensorrt-10.3.0-sm87, selector native"
+        assert "not as a CUDA graph" in record["remarks"][0]
+
+    def test_on_the_command_line(self, bundle, trt):
+        fake_tensorrt.write_slot(bundle)
+        options = [str(bundle), "--prompt", "What?", "--max-new-tokens", "3", "--json", "--engine"]
+        ours, theirs = (json.loads(CliRunner().invoke(command, [*options, e]).output) for e in ("auto", "onnxruntime"))
+        assert ours["engine"].startswith("tensorrt-10.3.0")
+        assert theirs["engine"].startswith("onnxruntime-")
+        assert ours["token_ids"] == theirs["token_ids"]
+
+
+class TestMemory:
+    def test_a_decode_step_copies_tokens_and_logits_only(self, bundle, trt):
+        fake_tensorrt.write_slot(bundle)
+        pipeline = load(bundle, engine="tensorrt").pipeline
+        state = pipeline.new_state()
+        features = pipeline.encode_images(np.zeros((1, 3, 56, 56), np.float32), Meter())
+        pipeline.forward(state, [[0, *IMAGE, 9]], Meter(), image_features=features)
+        rows = [mask.shape[1] + 1 for mask in state.masks.values()]
+        trt.cuda.copied.clear()
+        pipeline.forward(state, [[20]], Meter())
+        # int64: the token, its position, where the logits are wanted, and each decoder's mask
+        assert trt.cuda.copied == {"to device": 8 * (3 + sum(rows)), "to host": 4 * pipeline.facts.vocabulary}
+
+    def test_features_reach_the_embeddings_on_the_device(self, bundle, trt):
+        fake_tensorrt.write_slot(bundle)
+        pipeline = load(bundle, engine="tensorrt").pipeline
+        trt.cuda.copied.clear()
+        features = pipeline.encode_images(np.zeros((2, 3, 56, 56), np.float32), Meter())
+        assert trt.cuda.copied == {"to device": 2 * 3 * 56 * 56 * 4}
+        pipeline.forward(pipeline.new_state(), [[0, *IMAGE, 9, *IMAGE, 8]], Meter(), image_features=features)
+        assert trt.cuda.copied["on device"] == 2 * 16 * 64 * 4
+
+    def test_caches_alternate_and_nothing_grows(self, bundle, trt):
+        """All steps together need the memory of two: caches are read from one buffer and written to another."""
+        fake_tensorrt.write_slot(bundle)
+        pipeline = load(bundle, engine="tensorrt").pipeline
+        state = pipeline.new_state()
+        pipeline.forward(state, [[0, 9, 8]], Meter())
+        held = []
+        for token in range(20, 32):
+            pipeline.forward(state, [[token]], Meter())
+            held.append(trt.cuda.free_bytes)
+        assert len(set(held[1:])) == 1
+        past, present = names.past(0, "key"), names.present(0, "key")
+        bound = trt.contexts["decoder_0"].bound[2:]
+        for one, two in itertools.pairwise(bound):
+            assert two[past] == one[present] != one[past]
+        limits, facts = pipeline.manifest.limits, pipeline.facts
+        cache = facts.kv_heads * limits.max_kv_capacity * facts.head_dim * 4
+        buffers = sum(len(buffer) == cache for buffer in trt.cuda.memory.values())
+        assert buffers == 2 * facts.layers + 2  # keys and values of each layer, and of the one layer that writes
+
+    def test_contexts_share_the_memory_of_the_greediest(self, bundle, trt):
+        fake_tensorrt.write_slot(bundle)
+        model = load(bundle, engine="tensorrt")
+        list(model.chat().ask("What?", max_new_tokens=2))
+        list(model.chat().ask("What?", [Image.new("RGB", (56, 56))], max_new_tokens=2))
+        greediest = max(
+            context.engine.get_device_memory_size_for_profile_v2(profile)
+            for context in trt.contexts.values()
+            for profile in range(context.engine.num_optimization_profiles)
+        )
+        sizes = [len(buffer) for buffer in trt.cuda.memory.values()]
+        assert sizes.count(greediest) == 1
+        assert {size for size in sizes if size > 100_000} == {greediest}
+
+    def test_a_dropped_tensor_gives_its_memory_to_the_next(self, trt):
+        memory = cuda.Memory()
+        one = memory.upload(np.arange(100.0))
+        address = one.address
+        np.testing.assert_array_equal(memory.download(one), np.arange(100.0))
+        other = memory.upload(np.arange(100.0))
+        assert other.address != address
+        del one
+        assert memory.upload(np.arange(90.0)).address == address  # of the same power of two
+        assert memory.held_bytes == 2 * 1024
+
+    def test_what_lies_unused_is_given_back_before_memory_is_short(self, monkeypatch):
+        trt = fake_tensorrt.install(monkeypatch, FakeCuda(limit=10_000))
+        memory = cuda.Memory()
+        kept = memory.empty((500,), np.dtype(np.float32))
+        memory.empty((1000,), np.dtype(np.float32))  # dropped at once
+        assert (memory.held_bytes, trt.cuda.free_bytes) == (2048 + 4096, 10_000 - 2048 - 4096)
+        memory.empty((7000,), np.dtype(np.uint8), room=7000)
+        assert (memory.held_bytes, trt.cuda.free_bytes) == (2048 + 7000, 10_000 - 2048 - 7000)
+        assert kept.address in trt.cuda.memory
+        with pytest.raises(UserError, match=r"the GPU has no 0\.0 MB left beside the 0\.0 MB"):
+            memory.empty((9000,), np.dtype(np.uint8), room=9000)
+
+    def test_empty_tensors_have_addresses(self, trt):
+        tensor = cuda.Memory().upload(np.empty((1, 2, 0, 4), np.float32))
+        assert tensor.address
+        assert tensor.nbytes == 0
+
+    def test_out_of_memory_is_told_with_the_plan(self, bundle, monkeypatch, picture):
+        fake_tensorrt.install(monkeypatch, FakeCuda(limit=330_000))
+        fake_tensorrt.write_slot(bundle)
+        model = load(bundle, engine="tensorrt")
+        with pytest.raises(UserError, match=r"the GPU has no .* MB left .*planned: \d+ MB of weights, .* for 128 tok"):
+            list(model.chat().ask("What?", [picture]))
+
+
+class TestProfiles:
+    def test_one_row_behind_a_cache_is_decoded(self, bundle, trt):
+        fake_tensorrt.write_slot(bundle)
+        pipeline = load(bundle, engine="tensorrt").pipeline
+        state = pipeline.new_state()
+        for prompt in ([5], [6], [7], [8, 9], [10]):  # the first is a prompt of one row
+            pipeline.forward(state, [prompt], Meter())
+        assert trt.contexts["decoder_0"].switches == [0, 1, 0, 1]
+        assert trt.contexts["embed_tokens"].switches == [0]
+
+    def test_sizes_that_no_profile_takes(self, bundle, trt):
+        fake_tensorrt.write_slot(bundle)
+        pipeline = load(bundle, engine="tensorrt").pipeline
+        rows = list(range(-70, 0))
+        with pytest.raises(UserError, match=r"decoder_2 was given logits_index of shape \[1, 70\], .*\[4, 64\]: ask"):
+            pipeline.forward(pipeline.new_state(), [list(range(10, 90))], Meter(), logits_rows=rows)
+
+
+class TestFit:
+    def refused(self, bundle: Path) -> str:
+        with pytest.raises(UserError) as error:
+            load(bundle, engine="tensorrt")
+        backend = load(bundle).pipeline.backend  # auto goes on with what runs, and says so
+        assert backend.name.startswith("onnxruntime-")
+        assert backend.remarks == ((str(error.value),) if list(bundle.glob("engines/*/slot.json")) else ())
+        return str(error.value)
+
+    def test_no_engines(self, bundle, trt):
+        assert f"{bundle} has no TensorRT engines: build them here with tokprune build" in self.refused(bundle)
+
+    def test_every_slot_has_its_reason(self, bundle, trt):
+        fake_tensorrt.write_slot(bundle, version="10.16.1")
+        fake_tensorrt.write_slot(bundle, arch="sm90")
+        fake_tensorrt.write_slot(bundle, version="10.7.0").joinpath("slot.json").unlink()  # unfinished: not there
+        said = self.refused(bundle)
+        assert "tensorrt-10.16.1-sm87: built with tensorrt 10.16.1, installed is 10.3.0" in said
+        assert "tensorrt-10.3.0-sm90: built for sm90, the GPU is sm87" in said
+        assert "10.7.0" not in said
+
+    def test_the_fitting_slot_is_chosen(self, bundle, trt):
+        fake_tensorrt.write_slot(bundle, version="10.16.1")
+        fake_tensorrt.write_slot(bundle)
+        assert load(bundle, engine="tensorrt").pipeline.backend.name.startswith("tensorrt-10.3.0-sm87")
+
+    def test_engines_of_another_export(self, bundle, trt):
+        fake_tensorrt.write_slot(bundle)
+        (bundle / "tokprune.json").write_text((bundle / "tokprune.json").read_text() + "\n")
+        assert "built from another export than the one beside it" in self.refused(bundle)
+
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            (lambda file: file.unlink(), "has nothing instead of"),
+            (lambda file: file.write_bytes(file.read_bytes()[:-1]), r"has \d+ instead of \d+ bytes"),
+            (lambda file: file.write_bytes(b"x" + file.read_bytes()[1:]), "decoder_1.engine was altered"),
+        ],
+    )
+    def test_an_engine_that_was_changed(self, bundle, trt, change, words):
+        folder = fake_tensorrt.write_slot(bundle)
+        change(folder / "decoder_1.engine")
+        with pytest.raises(UserError, match=words):
+            load(bundle, engine="tensorrt")
+
+    def test_plugins_are_loaded_from_the_slot(self, bundle, trt):
+        folder = fake_tensorrt.write_slot(bundle, plugins=b"library")
+        backend = load(bundle, engine="tensorrt").pipeline.backend
+        assert trt.plugins == [str(folder / PLUGIN_LIBRARY)]
+        assert backend.name.endswith("selector plugin")
+
+    @pytest.mark.parametrize("content", [b"another", None])
+    def test_other_plugins(self, bundle, trt, content):
+        folder = fake_tensorrt.write_slot(bundle, plugins=b"library")
+        (folder / PLUGIN_LIBRARY).unlink() if content is None else (folder / PLUGIN_LIBRARY).write_bytes(content)
+        assert "plugins.so is not the library of plugins that its engines were built with" in self.refused(bundle)
+        assert trt.plugins == []
+
+    def test_no_gpu(self, bundle, trt):
+        fake_tensorrt.write_slot(bundle)
+        trt.cuda.handle.cudaGetDeviceCount = lambda out: 35
+        assert "cannot run: a GPU was asked for, and CUDA finds none (error 35)" in self.refused(bundle)
+
+    def test_no_library(self, bundle, trt, monkeypatch):
+        fake_tensorrt.write_slot(bundle)
+        monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
+        assert "tensorrt 10.3.0 is needed (" in self.refused(bundle)
+
+    def test_a_library_that_is_too_old(self, bundle, monkeypatch):
+        fake_tensorrt.install(monkeypatch, version="10.0.1")
+        fake_tensorrt.write_slot(bundle, version="10.0.1")
+        assert "tensorrt 10.0.1 was found, 10.3 or newer is needed" in self.refused(bundle)
+
+    def test_a_slot_that_is_damaged(self, bundle, trt):
+        folder = fake_tensorrt.write_slot(bundle)
+        (folder / "slot.json").write_text("{}")
+        with pytest.raises(UserError, match=r"slot\.json cannot be read .*: build the engines again"):
+            load(bundle, engine="tensorrt")
+
+
+class TestRefusals:
+    def test_an_engine_that_does_not_load(self, bundle, trt):
+        folder = fake_tensorrt.write_slot(bundle)
+        slot = json.loads((folder / "slot.json").read_text())
+        text = '{"fault": "Cuda Runtime (out of memory)"}'
+        (folder / "decoder_0.engine").write_text(text)
+        (facts,) = [each for each in slot["segments"] if each["name"] == "decoder_0"]
+        facts["size"], facts["sha256"] = len(text), fake_tensorrt.sha256(folder / "decoder_0.engine")
+        (folder / "slot.json").write_text(json.dumps(slot))
+        with pytest.raises(UserError, match=r"cannot load .*decoder_0.engine \(Cuda .*memory\)\) \(planned: "):
+            load(bundle, engine="tensorrt")
+
+    def test_an_engine_of_another_graph(self, bundle, trt, monkeypatch):
+        fake_tensorrt.write_slot(bundle)
+        monkeypatch.setattr(fake_tensorrt.FakeEngine, "get_tensor_name", lambda self, index: "x")
+        with pytest.raises(UserError, match=r"vision_encoder\.engine is the engine of another graph"):
+            load(bundle, engine="tensorrt")
+
+    def test_a_step_that_fails(self, bundle, trt):
+        fake_tensorrt.write_slot(bundle)
+        model = load(bundle, engine="tensorrt")
+        trt.refuses = "decoder_1"
+        with pytest.raises(UserError, match=r"TensorRT refused to run in decoder_1 \(an illegal value\): build"):
+            list(model.chat().ask("What?"))
+
+
+def test_bench_tells_the_share_of_the_peak(tiny_checkpoint, tmp_path, trt):
+    """The fake's times are ONNX Runtime's; what is divided by what is the matter."""
+    plan = PLANS["lofi"]
+    export(find_checkpoint(str(tiny_checkpoint)), plan, tmp_path / "fp16", precision="fp16")
+    fake_tensorrt.write_slot(tmp_path / "fp16")
+    result = bench(load(tmp_path / "fp16").pipeline, None, text_tokens=8, rounds=2, new_tokens=1)
+    assert result["peak_tflops"] == pytest.approx(42.6, abs=0.05)
+    for segment in result["segments"]:
+        assert segment["peak_share"] == pytest.approx(segment["achieved_tflops"] / result["peak_tflops"])
+    assert 0 < result["selector_share"] < 1
+    assert "of peak" in bench_report(result)
+    assert result["remarks"][0] in bench_report(result)
+
+
+def test_gpu_of_an_orin(trt):
+    gpu = cuda.find_gpu()
+    assert (gpu.arch, gpu.processors, gpu.free_bytes) == ("sm87", 16, trt.cuda.limit)
+    assert cuda.find_capability() == gpu.capability
+    assert gpu.peak_tflops == pytest.approx(42.6, abs=0.05)  # AGX Orin 64, FACTS: 64 tensor cores, 1.30 GHz
+    assert cuda.Gpu((8, 6), 84, 1.7, 0).peak_tflops is None
+    assert cuda.Gpu((8, 0), 108, 1.41, 0).peak_tflops == pytest.approx(312, abs=0.5)
+
+
+@pytest.mark.parametrize("before", [None, "/some/where"])
+def test_cuda_of_a_wheel_is_found(monkeypatch, tmp_path, before):
+    """CUDA 13's wheels have it where Polygraphy does not look; the environment stays as it was."""
+    (tmp_path / "nvidia" / "cu13" / "lib").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
+    if before is not None:
+        monkeypatch.setenv("LD_LIBRARY_PATH", before)
+    seen = []
+    monkeypatch.setattr("polygraphy.cuda.wrapper", lambda: seen.append(os.environ["LD_LIBRARY_PATH"].split(os.pathsep)))
+    cuda._runtime()
+    assert str(tmp_path / "nvidia" / "cu13" / "lib") in seen[0]
+    assert ("/some/where" in seen[0]) == (before is not None)
+    assert os.environ.get("LD_LIBRARY_PATH") == before
