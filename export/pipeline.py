@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import platform
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tokprune.export.bundle import describe_files, staged
 from tokprune.export.checkpoint import Checkpoint, load_processor
 from tokprune.export.lvpruning.modules import Modules, write_modules
 from tokprune.export.memory import bundle_weights
+from tokprune.export.quantize import write_quantized
 from tokprune.export.selector import save_selector
 from tokprune.export.skeleton import expected_shapes, is_tied, skeleton
 from tokprune.export.store import Store
@@ -23,14 +25,16 @@ from tokprune.export.trace import save_segment, trace_decoder, trace_embed, trac
 from tokprune.export.weights import Weights
 from tokprune.plugins.build import source_hash
 from tokprune.runtime import names
-from tokprune.runtime.bundle import sha256
+from tokprune.runtime.bundle import Bundle, sha256
 from tokprune.runtime.contract import FLOAT_TYPES
 from tokprune.runtime.limits import make_limits
 from tokprune.runtime.manifest import SCHEMA, Limits, Manifest, SegmentFacts
 from tokprune.runtime.plan import Plan
 from tokprune.runtime.version import __version__
+from tokprune.runtime.weights import BASES, default_base
 
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
+TYPES = {"fp32": torch.float32, "fp16": torch.float16}
+_BASE = "base"  # where an export to INT8 or INT4 has the bundle that it is made from, for a while
 Graphs = dict[tuple, ir.Model]  # traced segments, with their weights, by checkpoint, precision and what they compute
 
 
@@ -40,6 +44,7 @@ def export(
     out: Path,
     *,
     precision: str = "fp32",
+    base: str | None = None,
     head_pieces: int = 1,
     progress: Callable[[str], None] = lambda step: None,
     note: Callable[[str], None] = lambda text: None,
@@ -52,24 +57,28 @@ def export(
     ``note`` hears how far a long step is. The head is cut into ``head_pieces`` weights. The bundle appears whole or
     not at all. ``graphs`` may be shared by exports under several plans: what one has traced, the next need not.
     ``modules`` belong to plans of lvpruning, which may keep other numbers of tokens than those in training. ``limits``
-    are those of `make_limits` if not given. Raises UserError for a checkpoint or an ``out`` at fault.
+    are those of `make_limits` if not given. INT8 and INT4 are made from the bundle in ``base``, by default FP16, as
+    `quantize` makes them. Raises UserError for a checkpoint or an ``out`` at fault.
     """
     _check_modules(plan, modules)
+    base = base or default_base(precision)
     with staged(out) as stage:
+        room = stage if precision == base else stage / _BASE
+        room.mkdir(exist_ok=True)
         if modules is not None:
-            write_modules(stage, modules)
+            write_modules(room, modules)
         progress("checkpoint")
         processor = load_processor(checkpoint)
-        model = skeleton(checkpoint, PRECISIONS[precision])
+        model = skeleton(checkpoint, TYPES[base])
         weights = Weights(checkpoint.path, checkpoint.shards)
         weights.check(expected_shapes(model, checkpoint), tied=is_tied(model))
-        store = Store(stage, weights, precision, note)
-        segments = _segments(model, checkpoint, plan, precision, store, head_pieces, progress, graphs)
+        store = Store(room, weights, base, note)
+        segments = _segments(model, checkpoint, plan, base, store, head_pieces, progress, graphs)
         progress("manifest")
         tokenizer = (checkpoint.path / names.TOKENIZER_FILE).read_bytes()
-        (stage / names.TOKENIZER_FILE).write_bytes(tokenizer)
+        (room / names.TOKENIZER_FILE).write_bytes(tokenizer)
         preprocessor = processor.image_processor.to_json_string()
-        (stage / names.PREPROCESSOR_FILE).write_text(preprocessor, encoding="utf-8")
+        (room / names.PREPROCESSOR_FILE).write_text(preprocessor, encoding="utf-8")
         manifest = Manifest(
             schema=SCHEMA,
             tools={
@@ -83,14 +92,18 @@ def export(
             source={"model": checkpoint.facts.name, "config_sha256": sha256(checkpoint.path / "config.json")},
             model=checkpoint.facts,
             plan=plan,
-            precision=precision,
+            precision=base,
+            base=base,
             prompt=checkpoint.prompt,
             limits=limits or make_limits(checkpoint.facts.context),
             segments=tuple(segments),
-            files=describe_files(stage, [path for path in stage.rglob("*") if path.is_file()]),
-            memory=bundle_weights(stage, segments),
+            files=describe_files(room, [path for path in room.rglob("*") if path.is_file()]),
+            memory=bundle_weights(room, segments),
         )
-        (stage / names.MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+        (room / names.MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+        if room != stage:
+            manifest, _ = write_quantized(Bundle(room, manifest), stage, precision, progress)
+            shutil.rmtree(room)
     return manifest
 
 
@@ -101,9 +114,9 @@ def _check_modules(plan: Plan, modules: Modules | None) -> None:
         raise ValueError(f"the plan needs modules of {wanted}, given were {given}")
 
 
-def steps(plan: Plan, layers: int) -> int:
+def steps(plan: Plan, layers: int, precision: str) -> int:
     """How many steps ``export`` reports to ``progress``."""
-    return 2 + 2 + len(plan.stages) + len(list(plan.segments(layers)))
+    return 2 + 2 + len(plan.stages) + len(list(plan.segments(layers))) + (0 if precision in BASES else layers)
 
 
 def _segments(

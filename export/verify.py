@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from tokprune.calibration.recipe import read_recipe
 from tokprune.export.checkpoint import Checkpoint, load_model, load_processor
 from tokprune.export.lvpruning.modules import load_modules
+from tokprune.export.restore import bundle_matrices, with_matrices
 from tokprune.export.sides import Engine, Greedy, Original
 from tokprune.runtime import flops, metrics, verification
 from tokprune.runtime.chat import Model
@@ -54,6 +56,7 @@ def verify(
 ) -> tuple[dict[str, Any], list[Outcome]]:
     """Compare the bundle in ``model`` with ``checkpoint`` in PyTorch, FP32, on ``samples``.
 
+    Parity of a quantised bundle is with the matrices that it has, restored; consistency with the checkpoint's own.
     The bundle takes ``batch_size`` samples at a time, PyTorch always one. Returns the JSON object without gates, and
     each sample's outcome. The spectra of those of the first ``spectrum_samples`` samples that have an image give the
     change of the IPR.
@@ -66,10 +69,16 @@ def verify(
             f"the bundle {model.bundle.path} was not made from the checkpoint {checkpoint.path}, their "
             "configurations differ: give the checkpoint it was made from with --reference"
         )
+    recipe = read_recipe(model.bundle)
     torch_model = load_model(checkpoint, dtype=torch.float32)
     plan = model.bundle.manifest.plan
     modules = load_modules(model.bundle.path) if plan.method == "lvpruning" else None
-    original = Original(torch_model, load_processor(checkpoint), checkpoint, max_new_tokens, modules)
+    processor = load_processor(checkpoint)
+    original = Original(torch_model, processor, checkpoint, max_new_tokens, modules)
+    same = original  # PyTorch with what the bundle has: its pruning, its matrices
+    if recipe is not None:
+        rounded = with_matrices(torch_model, bundle_matrices(model.bundle, recipe))
+        same = Original(rounded, processor, checkpoint, max_new_tokens, modules)
     engine = Engine(model, max_new_tokens)
     outcomes: list[Outcome] = []
     for at in range(0, len(samples), batch_size):
@@ -78,7 +87,8 @@ def verify(
         for number, sample in enumerate(batch, at):
             spectrum = number < spectrum_samples and bool(sample.images)
             full = original.greedy(Plan("none"), sample, keep_hidden=spectrum)
-            pruned = original.greedy(plan, sample, keep_hidden=spectrum) if plan.stages else full
+            unlike = plan.stages or same is not original
+            pruned = same.greedy(plan, sample, keep_hidden=spectrum) if unlike else full
             answers.append((full, pruned))
         for sample, (full, pruned), answer in zip(batch, answers, _engine_answers(engine, batch, answers), strict=True):
             outcomes.append(_outcome(engine, plan, sample, full, pruned, answer))
@@ -163,7 +173,10 @@ def _report(model: Model, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "consistency": verification.consistency_summary([outcome.consistency for outcome in outcomes], spectra),
         "flops": _flops(model, outcomes),
         "engine": model.pipeline.backend.name,
+        "remarks": list(model.pipeline.backend.remarks),
         "plan": str(model.bundle.manifest.plan),
+        "precision": model.bundle.manifest.precision,
+        "base": model.bundle.manifest.base,
     }
 
 

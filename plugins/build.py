@@ -6,6 +6,8 @@ and architectures is built once.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -14,7 +16,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from tokprune.runtime.errors import UserError
 SOURCES = Path(__file__).parent
 LIBRARY, REGISTERING = "libtokprune_plugins.so", "libtokprune_plugins_register.so"
 TARGETS = (LIBRARY.removeprefix("lib").removesuffix(".so"), REGISTERING.removeprefix("lib").removesuffix(".so"))
-_RECORD = "build.json"
+_RECORD, _PARTIAL, _LOCK = "build.json", ".partial-", ".lock"
 _ERROR = re.compile(r"\berror\b ?[:#]|CMake Error")  # as g++, nvcc, ld and cmake have it; -Werror is none
 _SUFFIXES = (".cu", ".cuh", ".cpp", ".h")
 
@@ -106,7 +108,7 @@ def _cached(tools: Toolchain, progress: Callable[[str], None]) -> Built:
     if (found := _open(target, cached=True)) is not None:
         return found
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{key}.partial-", dir=target.parent) as folder:
+    with _partial(target.parent, key) as folder:
         compile_sources(tools, Path(folder, "build"), TARGETS, progress, log=target.with_suffix(".log"))
         whole = Path(folder, "whole")
         whole.mkdir()
@@ -120,6 +122,33 @@ def _cached(tools: Toolchain, progress: Callable[[str], None]) -> Built:
     found = _open(target, cached=False)
     assert found is not None  # it was just written
     return found
+
+
+@contextlib.contextmanager
+def _partial(cache: Path, key: str) -> Iterator[str]:
+    """A directory in ``cache`` that ends with the block; those that killed builds have left go first.
+
+    Whoever builds holds a lock in his directory, which ends with the process, however that ends.
+    """
+    with contextlib.ExitStack() as stack:
+        with _locked(cache, fcntl.LOCK_EX):  # so that no one finds a directory that is not locked yet
+            for left in cache.glob(f".*{_PARTIAL}*"):
+                with contextlib.suppress(BlockingIOError), _locked(left, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                    shutil.rmtree(left)
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=f".{key}{_PARTIAL}", dir=cache))
+            stack.enter_context(_locked(Path(folder), fcntl.LOCK_EX))
+        yield folder
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, how: int) -> Iterator[None]:
+    """Hold a lock in ``folder``. Raises BlockingIOError if another process has it, and ``how`` is not to wait."""
+    handle = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(handle, how)
+        yield
+    finally:
+        os.close(handle)
 
 
 def compile_sources(

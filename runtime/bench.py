@@ -64,7 +64,7 @@ def bench(
             raise UserError(
                 f"{full.bundle.path} prunes ({full.manifest.plan}): give a bundle exported with --method none"
             )
-        if full.facts != pruned.facts or full.manifest.precision != pruned.manifest.precision:
+        if full.facts != pruned.facts or _precision(full) != _precision(pruned):
             raise UserError(f"{full.bundle.path} is another model, or another precision, than {pruned.bundle.path}")
     pipelines = [pruned] if full is None else [pruned, full]
     count = text_tokens + pruned.facts.vision.tokens + new_tokens
@@ -87,6 +87,10 @@ def bench(
     return _report(pruned, timings, text_tokens, rounds, new_tokens)
 
 
+def _precision(pipeline: Pipeline) -> tuple[str, str]:
+    return pipeline.manifest.precision, pipeline.manifest.base
+
+
 def _measure(pipeline: Pipeline, text_tokens: int, new_tokens: int) -> tuple[Meter, Meter]:
     facts = pipeline.facts
     noise = np.random.default_rng(0).standard_normal((1, 3, facts.vision.image_size, facts.vision.image_size))
@@ -103,7 +107,7 @@ def _measure(pipeline: Pipeline, text_tokens: int, new_tokens: int) -> tuple[Met
 
 def _report(pruned: Pipeline, timings: list[Timing], text_tokens: int, rounds: int, new_tokens: int) -> dict[str, Any]:
     mine = timings[0]
-    peak = pruned.backend.peak_tflops if pruned.manifest.precision == "fp16" else None
+    peak = pruned.backend.peak_tflops if pruned.manifest.base == "fp16" else None
     segments = []
     for name, count in mine.prefill[0].flops.items():
         ms = mine.ms(name)

@@ -15,8 +15,9 @@ from tokprune.runtime.errors import UserError
 from tokprune.runtime.limits import limit_faults
 from tokprune.runtime.manifest import Manifest, ModelFacts, SegmentFacts
 from tokprune.runtime.plan import Plan, make_plan
+from tokprune.runtime.weights import PRECISIONS
 
-FLOAT_TYPES = {"fp32": "float32", "fp16": "float16"}  # by precision, of what flows between segments
+FLOAT_TYPES = {"fp32": "float32", "fp16": "float16"}  # by base precision, of what flows between segments
 PLUGIN_METHODS = ("lofi", "lvpruning")  # whose scores are an operator of tokprune's
 
 Shape = tuple[int | str | None, ...]  # None: a length that the tracer writes as a sum, in its own order
@@ -43,7 +44,7 @@ def check_manifest(manifest: Manifest, where: str) -> None:
 
 def contracts(manifest: Manifest) -> Iterator[Contract]:
     """The segments that the manifest's plan needs, in the order of prefill."""
-    model, plan, dtype = manifest.model, manifest.plan, FLOAT_TYPES[manifest.precision]
+    model, plan, dtype = manifest.model, manifest.plan, FLOAT_TYPES[manifest.base]
     tokens, size = model.vision.tokens, model.vision.image_size
     rows = (names.BATCH, names.SEQUENCE)
     yield Contract(
@@ -140,8 +141,12 @@ def _faults(manifest: Manifest) -> Iterator[str]:
     else:
         if checked != plan:
             yield f"its plan has a rank, a seed or a module, which method '{plan.method}' has not"
-    if manifest.precision not in FLOAT_TYPES:
-        yield f"its precision is '{manifest.precision}', not one of {', '.join(FLOAT_TYPES)}"
+    if manifest.precision not in PRECISIONS:
+        yield f"its precision is '{manifest.precision}', not one of {', '.join(PRECISIONS)}"
+    if manifest.base not in FLOAT_TYPES:
+        yield f"its base is '{manifest.base}', not one of {', '.join(FLOAT_TYPES)}"
+    if manifest.precision in FLOAT_TYPES and manifest.precision != manifest.base:
+        yield f"its precision is {manifest.precision}, on a base of {manifest.base}"
     if "model" not in manifest.source:
         yield "its source names no model"
     yield from _prompt_faults(manifest)
@@ -215,7 +220,8 @@ def _file_faults(manifest: Manifest) -> Iterator[str]:
     modules = [names.MODULES_FILE, names.MODULES_INFO_FILE] if manifest.plan.method == "lvpruning" else []
     segments = [segment.file for segment in manifest.segments]
     segments += [segment.plugin_file for segment in manifest.segments if segment.plugin_file]
-    for needed in [names.TOKENIZER_FILE, names.PREPROCESSOR_FILE, *modules, *segments]:
+    recipe = [] if manifest.precision in FLOAT_TYPES else [names.RECIPE_FILE]
+    for needed in [names.TOKENIZER_FILE, names.PREPROCESSOR_FILE, *modules, *recipe, *segments]:
         if needed not in listed:
             yield f"it does not list the file {needed}, which it needs"
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path("/")
+TIMEOUT_S = 10.0  # for nvpmodel
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,10 @@ def _power_mode() -> str | None:
     tool = shutil.which("nvpmodel")
     if tool is None:
         return None
-    said = subprocess.run([tool, "-q"], capture_output=True, text=True, timeout=10).stdout
+    try:
+        said = subprocess.run([tool, "-q"], capture_output=True, text=True, timeout=TIMEOUT_S).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
     mode = re.search(r"NV Power Mode: *(\S+)", said)
     return mode[1] if mode else None
 

@@ -62,12 +62,14 @@ def memory_record(plan: MemoryPlan) -> dict[str, Any]:
 
 def _instead(plan: MemoryPlan, module: JetsonModule, room: int, run: bool, build: bool) -> Iterator[str]:
     lower = PRECISIONS[PRECISIONS.index(plan.precision) + 1 :]
-    smaller = [memory_plan(plan.facts, plan.plan, precision, plan.work) for precision in lower]
+    smaller = [memory_plan(plan.facts, plan.plan, precision, plan.work, None, plan.capacity) for precision in lower]
     if not run:
-        found = [*_smaller_work(plan, room)]
-        fitting = next((other for other in smaller if other.tensorrt_bytes <= room), None)
+        found = [*_smaller_caches(plan, room)]
+        fitting = next((other for other in smaller if capacity_that_fits(other, room)), None)
         if fitting is not None:
-            found.append(f"{fitting.precision}, {fitting.tensorrt_bytes / 1e9:.1f} GB")
+            whole = fitting.tensorrt_bytes <= room
+            how = f", {fitting.tensorrt_bytes / 1e9:.1f} GB" if whole else f" exported with {_shorter(fitting, room)}"
+            found.append(fitting.precision + how)
         yield "run: " + (" or ".join(found) or "no precision fits")
     if not build:
         fitting = next((other for other in smaller if other.build_bytes <= room), None)
@@ -80,36 +82,31 @@ def _instead(plan: MemoryPlan, module: JetsonModule, room: int, run: bool, build
         yield f"export with --split-lm-head: {head.largest_bytes / 1e6:.0f} MB in one piece may not be had"
 
 
-def _smaller_work(plan: MemoryPlan, room: int) -> Iterator[str]:
-    batch = next((b for b in range(plan.work.batch - 1, 0, -1) if _peak(plan, batch=b) <= room), 0)
-    if batch:
-        yield f"batch {batch}"
-    tokens = tokens_that_fit(plan, room)
-    if tokens:
-        yield f"{tokens} of {_tokens(plan)} text and answer tokens"
+def _smaller_caches(plan: MemoryPlan, room: int) -> Iterator[str]:
+    batches = (replace(plan.work, batch=batch) for batch in range(plan.work.batch - 1, 0, -1))
+    fewer = (
+        memory_plan(plan.facts, plan.plan, plan.precision, work, plan.weights, plan.capacity, plan.base)
+        for work in batches
+    )
+    fitting = next((other for other in fewer if other.tensorrt_bytes <= room), None)
+    if fitting is not None:
+        yield f"batch {fitting.work.batch}"
+    if capacity_that_fits(plan, room):
+        yield f"exported with {_shorter(plan, room)}"
 
 
-def _peak(plan: MemoryPlan, **changes: int) -> int:
-    """Of the same model and weights with other work."""
-    return memory_plan(
-        plan.facts, plan.plan, plan.precision, replace(plan.work, **changes), plan.weights
-    ).tensorrt_bytes
+def _shorter(plan: MemoryPlan, room: int) -> str:
+    return f"--max-kv-cache-capacity {capacity_that_fits(plan, room)} instead of {plan.capacity}"
 
 
-def _tokens(plan: MemoryPlan) -> int:
-    return plan.work.text_tokens + plan.work.new_tokens
-
-
-def tokens_that_fit(plan: MemoryPlan, room: int) -> int:
-    """The most text and answer tokens of a sequence for which ``plan`` runs in ``room`` bytes; 0 if none do.
-
-    Text is cut only when no token of the answer is left.
-    """
-    least, most = 0, _tokens(plan)
-    while least < most:  # peaks grow with the length
+def capacity_that_fits(plan: MemoryPlan, room: int) -> int:
+    """The greatest capacity of KV caches with which ``plan`` runs in ``room`` bytes; 0 if its work then has no room."""
+    least, most = plan.work.length(plan.facts), plan.capacity
+    if replace(plan, capacity=least).tensorrt_bytes > room:
+        return 0
+    while least < most:  # peaks grow with the capacity
         middle = (least + most + 1) // 2
-        text = min(plan.work.text_tokens, middle)
-        if _peak(plan, text_tokens=text, new_tokens=middle - text) <= room:
+        if replace(plan, capacity=middle).tensorrt_bytes <= room:
             least = middle
         else:
             most = middle - 1

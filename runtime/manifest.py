@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from tokprune.runtime.errors import UserError
 from tokprune.runtime.plan import Plan
 
-SCHEMA = 4
+SCHEMA = 5
 T = TypeVar("T")
 
 
@@ -150,7 +150,11 @@ class Limits:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All of ``tokprune.json``. ``precision`` is "fp32" or "fp16"; ``segments`` are in the order of prefill."""
+    """All of ``tokprune.json``; ``segments`` are in the order of prefill.
+
+    ``precision`` is that of the decoder layers' matrices, "fp32", "fp16", "int8" or "int4"; ``base`` that of everything
+    else, activations included, "fp32" or "fp16".
+    """
 
     schema: int
     tools: dict[str, str]
@@ -158,6 +162,7 @@ class Manifest:
     model: ModelFacts
     plan: Plan
     precision: str
+    base: str
     prompt: PromptFormat
     limits: Limits
     segments: tuple[SegmentFacts, ...]
@@ -191,31 +196,31 @@ class Manifest:
                 f"{where} has schema version {found}, this tokprune reads version {SCHEMA}: "
                 "export the bundle again with this version"
             )
-        return _read(cls, data, "manifest", where)
+        return read_as(cls, data, "manifest", where)
 
 
-def _read(kind: Any, data: Any, key: str, where: str) -> Any:
+def read_as(kind: Any, data: Any, key: str, where: str) -> Any:
     """Convert plain JSON ``data`` to ``kind``: a data class, or one of the types that they are made of."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         for option in args:
             if _fits(option, data):
-                return _read(option, data, key, where)
+                return read_as(option, data, key, where)
     elif isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(data, dict):
         hints = typing.get_type_hints(kind)
         wrong = set(hints) ^ set(data)
         if not wrong:
-            return kind(**{name: _read(hint, data[name], f"{key}.{name}", where) for name, hint in hints.items()})
+            return kind(**{name: read_as(hint, data[name], f"{key}.{name}", where) for name, hint in hints.items()})
         key = f"{key}.{sorted(wrong)[0]}"
     elif origin is tuple and isinstance(data, list):
         if args[-1] is Ellipsis:
-            return tuple(_read(args[0], item, f"{key}[{i}]", where) for i, item in enumerate(data))
+            return tuple(read_as(args[0], item, f"{key}[{i}]", where) for i, item in enumerate(data))
         if len(args) == len(data):
             return tuple(
-                _read(a, item, f"{key}[{i}]", where) for i, (a, item) in enumerate(zip(args, data, strict=True))
+                read_as(a, item, f"{key}[{i}]", where) for i, (a, item) in enumerate(zip(args, data, strict=True))
             )
     elif origin is dict and isinstance(data, dict):
-        return {name: _read(args[1], item, f"{key}.{name}", where) for name, item in data.items()}
+        return {name: read_as(args[1], item, f"{key}.{name}", where) for name, item in data.items()}
     elif isinstance(kind, type) and _fits(kind, data):
         return float(data) if kind is float else data
     raise UserError(f"{where} has an unexpected or missing value at {key}: export the bundle again")

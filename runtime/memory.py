@@ -8,14 +8,14 @@ them up by rules that are stated where they stand. Knows sizes and plans; opens 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tokprune.runtime import leverage, names
 from tokprune.runtime.errors import UserError
 from tokprune.runtime.manifest import Manifest, ModelFacts, SegmentWeights
 from tokprune.runtime.plan import Plan
-from tokprune.runtime.weights import closed_weights, segment_order
+from tokprune.runtime.weights import closed_weights, default_base, segment_order
 
 TEXT_TOKENS = 36  # with 576 visual tokens n = 612, which FastV's published table assumes
 NEW_TOKENS = 128  # what `run` generates at most if nothing else is said
@@ -41,20 +41,26 @@ class Work:
                 what = name.replace("_", " ")
                 raise UserError(f"{getattr(self, name)} {what} were asked for: give {least} or more")
 
-    def check_fits(self, facts: ModelFacts) -> None:
-        """Raise UserError if a prompt with its answer is longer than the model's context."""
-        length = self.text_tokens + self.images * facts.vision.tokens + self.new_tokens
-        if length > facts.context:
+    def length(self, facts: ModelFacts) -> int:
+        """Tokens of a prompt and its answer."""
+        return self.text_tokens + self.images * facts.vision.tokens + self.new_tokens
+
+    def check_fits(self, facts: ModelFacts, capacity: int) -> None:
+        """Raise UserError if a prompt with its answer is longer than the model's context, or the KV cache."""
+        length = self.length(facts)
+        if length > min(facts.context, capacity):
+            whose = facts.name if capacity >= facts.context else "the KV cache"
             raise UserError(
                 f"prompt and answer of {length} tokens were asked for, {self.images * facts.vision.tokens} of them "
-                f"visual, but {facts.name} has room for {facts.context}: ask for fewer"
+                f"visual, but {whose} has room for {min(facts.context, capacity)}: ask for fewer"
             )
 
 
-def usual_work(facts: ModelFacts) -> Work:
-    """One prompt with one image and its answer, as long as they are by default or the model's context lets them be."""
-    images = 1 if facts.vision.tokens < facts.context else 0
-    room = facts.context - images * facts.vision.tokens
+def usual_work(facts: ModelFacts, capacity: int | None = None) -> Work:
+    """One prompt with one image and its answer, as long as by default or as context and ``capacity`` let them be."""
+    most = facts.context if capacity is None else min(facts.context, capacity)
+    images = 1 if facts.vision.tokens < most else 0
+    room = most - images * facts.vision.tokens
     text = min(TEXT_TOKENS, room)
     return Work(text, min(NEW_TOKENS, room - text), images)
 
@@ -155,12 +161,18 @@ def selector_workspace(facts: ModelFacts, plan: Plan, index: int, text_tokens: i
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes by segment for one model, pruning plan, precision and work; and what engines make of them."""
+    """Bytes by segment for one model, pruning plan, precision and work; and what engines make of them.
+
+    ``base`` is the precision of all but the decoder layers' matrices, of caches and activations too. ``capacity`` is
+    the tokens of a sequence that TensorRT's caches are made for, visual ones counted before pruning.
+    """
 
     facts: ModelFacts
     plan: Plan
     precision: str
+    base: str
     work: Work
+    capacity: int
     weights: tuple[SegmentWeights, ...]
     caches: Mapping[str, int]
     activations: Mapping[str, int]
@@ -191,12 +203,21 @@ class MemoryPlan:
 
     @property
     def tensorrt_bytes(self) -> int:
-        """Predicted peak on TensorRT over what its libraries take: weights, caches twice, activations once.
+        """Predicted peak on TensorRT over what its libraries take: weights, caches, activations.
 
-        Each cache is read from one buffer and written to another (ping-pong, which every version can do); execution
-        contexts, of which one runs at a time, share the memory of the greediest.
+        Execution contexts, of which one runs at a time, share the memory of the greediest.
         """
-        return self.weights_bytes + 2 * sum(self.caches.values()) + max(self.activations.values())
+        return self.weights_bytes + self.tensorrt_cache_bytes + max(self.activations.values())
+
+    @property
+    def tensorrt_cache_bytes(self) -> int:
+        """What TensorRT's caches take from the first token on: full ones of all decoders, and one decoder's more.
+
+        A decoder writes its cache into other memory than it reads it from, and the next one finds that free.
+        """
+        new_tokens = self.capacity - self.work.length(self.facts) + self.work.new_tokens
+        caches = kv_bytes(self.facts, self.plan, self.base, replace(self.work, new_tokens=new_tokens)).values()
+        return sum(caches) + max(caches)
 
     @property
     def build_bytes(self) -> int:
@@ -205,21 +226,24 @@ class MemoryPlan:
 
     def record(self) -> dict[str, Any]:
         """All of it under the keys of ``tokprune memory --json``."""
-        unpruned = kv_bytes(self.facts, Plan("none"), self.precision, self.work)
+        unpruned = kv_bytes(self.facts, Plan("none"), self.base, self.work)
         largest = self.largest_weight
         return {
             "model": self.facts.name,
             "plan": str(self.plan),
             "precision": self.precision,
+            "base": self.base,
             "text_tokens": self.work.text_tokens,
             "visual_tokens": self.work.images * self.facts.vision.tokens,
             "new_tokens": self.work.new_tokens,
             "batch": self.work.batch,
+            "max_kv_capacity": self.capacity,
             "weights_bytes": {segment.segment: segment.total for segment in self.weights},
             "largest_weight": {"name": largest.largest, "segment": largest.segment, "bytes": largest.largest_bytes},
-            "kv_bytes_per_token": kv_bytes_per_token(self.facts, self.plan, self.precision),
+            "kv_bytes_per_token": kv_bytes_per_token(self.facts, self.plan, self.base),
             "kv_bytes": dict(self.caches),
             "kv_bytes_unpruned": sum(unpruned.values()),
+            "kv_bytes_tensorrt": self.tensorrt_cache_bytes,
             "activation_bytes": dict(self.activations),
             "peak_bytes": {"onnxruntime_cpu": self.onnxruntime_cpu_bytes, "tensorrt": self.tensorrt_bytes},
             "build_bytes": self.build_bytes,
@@ -232,24 +256,34 @@ def memory_plan(
     precision: str,
     work: Work | None = None,
     weights: tuple[SegmentWeights, ...] | None = None,
+    capacity: int | None = None,
+    base: str | None = None,
 ) -> MemoryPlan:
     """Plan ``work``, the usual if None; ``weights`` are a bundle's own, without them they are computed.
 
-    Raises UserError if prompt and answer do not fit the model's context.
+    ``capacity`` None is the model's context, as export chooses it, ``base`` None `default_base`. Raises UserError if
+    prompt and answer do not fit the capacity.
     """
-    work = work or usual_work(facts)
-    work.check_fits(facts)
+    capacity = facts.context if capacity is None else capacity
+    base = base or default_base(precision)
+    work = work or usual_work(facts, capacity)
+    work.check_fits(facts, capacity)
     return MemoryPlan(
         facts,
         plan,
         precision,
+        base,
         work,
-        weights or closed_weights(facts, plan, precision),
-        kv_bytes(facts, plan, precision, work),
-        activation_bytes(facts, plan, precision, work),
+        capacity,
+        weights or closed_weights(facts, plan, precision, base),
+        kv_bytes(facts, plan, base, work),
+        activation_bytes(facts, plan, base, work),
     )
 
 
 def from_manifest(manifest: Manifest, work: Work | None = None) -> MemoryPlan:
-    """The plan of a bundle, with the weights that its graphs have."""
-    return memory_plan(manifest.model, manifest.plan, manifest.precision, work, manifest.memory)
+    """The plan of a bundle, with the weights that its graphs have and the caches that its limits allow."""
+    capacity = manifest.limits.max_kv_capacity
+    return memory_plan(
+        manifest.model, manifest.plan, manifest.precision, work, manifest.memory, capacity, manifest.base
+    )

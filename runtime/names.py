@@ -44,6 +44,7 @@ EMBED_TOKENS = "embed_tokens"
 MANIFEST_FILE = "tokprune.json"
 TOKENIZER_FILE = "tokenizer.json"
 PREPROCESSOR_FILE = "preprocessor_config.json"
+RECIPE_FILE = "recipe.json"  # int8 and int4 only
 MODULES_FILE, MODULES_INFO_FILE = "modules.safetensors", "modules.json"  # lvpruning only: the selectors' weights
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from tokprune.runtime.bundle import Bundle
 from tokprune.runtime.engines.profiles import segment_profiles
+from tokprune.runtime.engines.slot import FOLDER as ENGINES
 from tokprune.runtime.errors import UserError
 from tokprune.runtime.manifest import SegmentFacts
 
@@ -24,6 +25,14 @@ _PROVIDERS = {
     "onnxruntime-cuda": ((CUDA, CPU), "cuda"),
     "onnxruntime-tensorrt": ((TENSORRT, CUDA, CPU), "cuda"),
 }
+
+# ONNX Runtime joins DequantizeLinear and MatMul to a product of its own. Level 1 computes it in FP32, 4 rounds the
+# activations to INT8 as well, BLOCK of them to a scale: with INT8 weights that decodes 7 times as fast as FP32, and
+# level 1, for which ONNX Runtime 1.31 has no kernel, 14 times as slowly. INT4 has one, and stays exact
+# (docs/methods.md).
+ACCURACY = {"fp32": 1, "fp16": 1, "int8": 4, "int4": 1}
+BLOCK = 128
+INTEGER = f"ONNX Runtime may round what INT8 matrices are multiplied with to INT8 as well, {BLOCK} values to a scale"
 
 MIXED = "the TensorRT provider may compute in FP16 what an FP16 bundle's graphs have in FP32, layer norms excepted"
 
@@ -57,18 +66,16 @@ class OnnxRuntime:
         self.remarks = remarks + ((MIXED,) if self._providers[0] == TENSORRT else ())
         self.peak_tflops: float | None = None
         self._plugins = plugins
-        self._options = onnxruntime.SessionOptions()
-        # Each session has threads of its own. Left spinning after a run, they take the cores from the next segment's:
-        # on two cores everything was 2.5 times slower (docs/log.md).
-        self._options.add_session_config_entry("session.force_spinning_stop", "1")
-        self._options.intra_op_num_threads = threads
-        self._options.log_severity_level = 3  # errors; what they say reaches the user as an exception
+        self._threads = threads
 
     def load(self, bundle: Bundle, segment: SegmentFacts) -> _Session:
         path = bundle.file(segment.file)
         providers = [(name, self._provider_options(name, bundle, segment)) for name in self._providers]
+        if ACCURACY[bundle.manifest.precision] == 4 and INTEGER not in self.remarks:
+            self.remarks += (INTEGER,)
         try:
-            session = self._ort.InferenceSession(path, self._options, providers=providers)
+            options = self._options(bundle.manifest.precision)
+            session = self._ort.InferenceSession(path, options, providers=providers)
         except Exception as error:  # ONNX Runtime's exceptions have no narrower base
             raise UserError(f"ONNX Runtime cannot load {path} ({error}): export the bundle again") from error
         if self._providers[0] not in session.get_providers():  # it goes on without one that does not start
@@ -78,8 +85,22 @@ class OnnxRuntime:
             )
         return _Session(session, path, self._device)
 
+    def _options(self, precision: str) -> Any:
+        options = self._ort.SessionOptions()
+        # Each session has threads of its own. Left spinning after a run, they take the cores from the next segment's:
+        # on two cores everything was 2.5 times slower (docs/log.md).
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(ACCURACY[precision]))
+        options.add_session_config_entry("session.qdq_matmulnbits_block_size", str(BLOCK))
+        options.intra_op_num_threads = self._threads
+        options.log_severity_level = 3  # errors; what they say reaches the user as an exception
+        return options
+
     def _provider_options(self, provider: str, bundle: Bundle, segment: SegmentFacts) -> dict[str, str]:
-        return provider_options(bundle, segment, self._plugins) if provider == TENSORRT else {}
+        if provider != TENSORRT:
+            return {}
+        (bundle.path / ENGINES).mkdir(exist_ok=True)  # the provider makes its cache's own directory, no parent
+        return provider_options(bundle, segment, self._plugins)
 
     def to_device(self, array: np.ndarray) -> Any:
         return self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self._device, 0)
@@ -100,7 +121,7 @@ class _Session:
     def __init__(self, session: Any, path: Path, device: str) -> None:
         self._session, self._path, self._device = session, path, device
 
-    def run(self, feeds: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, Any]:
+    def run(self, feeds: Mapping[str, Any], outputs: Sequence[str], spare: int = 0) -> dict[str, Any]:
         try:
             if self._device == "cpu":
                 values = self._session.run_with_ort_values(list(outputs), dict(feeds))
@@ -128,8 +149,8 @@ def provider_options(bundle: Bundle, segment: SegmentFacts, plugins: Path | None
 
     The provider's networks are not strongly typed, so FP16 has to be allowed (MIXED).
     """
-    cache = bundle.path / "engines" / "onnxruntime-tensorrt"
-    fp16 = "1" if bundle.manifest.precision == "fp16" else "0"
+    cache = bundle.path / ENGINES / "onnxruntime-tensorrt"
+    fp16 = "1" if bundle.manifest.base == "fp16" else "0"
     options = {
         "trt_engine_cache_enable": "1",
         "trt_engine_cache_path": str(cache),

@@ -220,6 +220,7 @@ class Pipeline:
             sequence=batch.count,
             past_sequence=past,
             logits_count=wanted.shape[1],
+            spare=self.manifest.limits.max_kv_capacity - state.rows,
         )
         # presents are in the order of the past inputs
         presents = [tensor.name for tensor in segment.outputs if tensor.name.startswith("present.")]
@@ -234,11 +235,11 @@ class Pipeline:
         return self._sessions[name]
 
     def _run(
-        self, name: str, feeds: dict[str, Tensor], outputs: list[str], meter: Meter, **axes: int
+        self, name: str, feeds: dict[str, Tensor], outputs: list[str], meter: Meter, *, spare: int = 0, **axes: int
     ) -> dict[str, Tensor]:
         session = self._session(name)
         begin = time.perf_counter()
-        out = session.run(feeds, outputs)
+        out = session.run(feeds, outputs, spare)
         meter.add(name, 1e3 * (time.perf_counter() - begin), self.manifest.segment(name).count_flops(**axes))
         return out
 

@@ -133,15 +133,44 @@ def memory_report(result: Mapping[str, Any]) -> str:
     rows.append(("all", size(weights), size(cached), ""))
     largest = result["largest_weight"]
     lines = [
-        f"{result['model']}, {result['plan']}; {result['precision']}",
+        f"{result['model']}, {result['plan']}; {precision_text(result)}",
         f"{result['text_tokens']} text and {result['visual_tokens']} visual tokens, {result['new_tokens']} new ones, "
         f"batch {result['batch']}",
         "",
         table(rows, ("segment", "weights", "KV cache", "activations")),
         "",
-        f"KV cache, unpruned: {size(result['kv_bytes_unpruned'])}; "
+        f"KV cache, unpruned: {size(result['kv_bytes_unpruned'])}; with TensorRT: {size(result['kv_bytes_tensorrt'])}, "
+        f"made for {result['max_kv_capacity']} tokens",
         f"largest weight: {largest['name']} of {largest['segment']}, {size(largest['bytes'])}",
         memory_verdict(result),
+    ]
+    return "\n".join(lines)
+
+
+def precision_text(result: Mapping[str, Any]) -> str:
+    """A precision, and what it is on where that is another: fp16; int4 on fp16."""
+    precision, base = result["precision"], result["base"]
+    return precision if precision == base else f"{precision} on {base}"
+
+
+def recipe_report(totals: Mapping[str, Any], matrices: Sequence[Mapping[str, Any]]) -> str:
+    """What quantisation did, by kind of matrix: the same of all layers under one name."""
+    kinds: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
+    for matrix in matrices:
+        kind = (matrix["name"].partition(".layers.")[2].partition(".")[2].removesuffix(".weight"), matrix["precision"])
+        scales = "a scale a row" if matrix["block"] == matrix["shape"][1] else f"a scale for each {matrix['block']}"
+        kinds.setdefault((*kind, matrix["reason"] or scales), []).append(matrix)
+    rows = []
+    for (name, precision, how), found in kinds.items():
+        ratios = [matrix["sqnr_db"] for matrix in found if matrix["sqnr_db"] is not None]
+        spread = f"{min(ratios):.1f} to {max(ratios):.1f}" if ratios else NOT_MEASURED
+        rows.append((name, len(found), precision, spread, size(sum(matrix["bytes"] for matrix in found)), how))
+    kept = f", {totals['matrices_kept']} stay as they are" if totals["matrices_kept"] else ""
+    share = "" if totals["ratio_fp32"] is None else f", {totals['ratio_fp32']:.3f} of FP32"
+    lines = [
+        table(rows, ("matrix", "layers", "precision", "SQNR, dB", "size", "")),
+        "",
+        f"{precision_text(totals)}: {totals['matrices']} matrices of {size(totals['bytes'])}{share}{kept}",
     ]
     return "\n".join(lines)
 
@@ -210,7 +239,7 @@ def verify_report(result: Mapping[str, Any]) -> str:
             for gate in result["gates"]
         ]
         parts.append(table(rows, ("gate", "limit", "value", "")))
-    parts.append(_verdict(result["passed"]))
+    parts.append("\n".join([*result["remarks"], _verdict(result["passed"])]))
     return "\n\n".join(parts)
 
 

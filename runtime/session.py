@@ -22,8 +22,8 @@ Tensor = Any  # a backend's own handle: opaque to everything but its backend
 class Session(Protocol):
     """One segment, ready to run."""
 
-    def run(self, feeds: Mapping[str, Tensor], outputs: Sequence[str]) -> dict[str, Tensor]:
-        """Run once, to the end; give the named outputs."""
+    def run(self, feeds: Mapping[str, Tensor], outputs: Sequence[str], spare: int = 0) -> dict[str, Tensor]:
+        """Run once, to the end; give the named outputs. Caches among them may grow by ``spare`` rows in later calls."""
 
 
 class Backend(Protocol):

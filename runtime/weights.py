@@ -1,7 +1,7 @@
 """Bytes of a LLaVA-1.5's weights, segment by segment, from its sizes alone. Opens no weight.
 
-Exact for FP32 and FP16: the sums are those of the checkpoint's tensors that a segment reads. INT8 and INT4 are not
-exported yet; their bytes are those of the weight-only formats that the precision's name stands for.
+Exact: the sums are those of the tensors that a segment reads. INT8 and INT4 are weight-only: a precision of the
+decoder layers' matrices, on a base, FP32 or FP16, which is that of all else.
 """
 
 from __future__ import annotations
@@ -13,7 +13,26 @@ from tokprune.runtime.manifest import ModelFacts, SegmentWeights
 from tokprune.runtime.plan import Module, Plan
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
-INT4_GROUP = 128  # weights that share a scale, as weight-only INT4 usually has it
+BASES = ("fp32", "fp16")
+# Weights that share a scale in INT4: the largest that divides a matrix's input. Powers of two from 16 to 256 are what
+# ONNX Runtime's kernels take, and 128 is usual.
+INT4_BLOCKS = (128, 64, 32, 16)
+MATRICES = (  # of a decoder layer
+    *(f"self_attn.{name}_proj.weight" for name in "qkvo"),
+    *(f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")),
+)
+
+
+def default_base(precision: str) -> str:
+    """The base that a precision stands for where none is said: FP16 for INT8 and INT4."""
+    return precision if precision in BASES else "fp16"
+
+
+def block_size(columns: int, precision: str) -> int | None:
+    """Weights to a scale in a row of ``columns``: all of INT8, a block of INT4; None if no block divides them."""
+    if precision == "int8":
+        return columns
+    return next((block for block in INT4_BLOCKS if columns % block == 0), None)
 
 
 def segment_weights(segment: str, tensors: Sequence[tuple[str, int]]) -> SegmentWeights:
@@ -22,22 +41,26 @@ def segment_weights(segment: str, tensors: Sequence[tuple[str, int]]) -> Segment
     return SegmentWeights(segment, sum(size for _, size in tensors), *largest)
 
 
-def closed_weights(facts: ModelFacts, plan: Plan, precision: str) -> tuple[SegmentWeights, ...]:
-    """Weights of each segment by the model's sizes, in the order of prefill.
+def closed_weights(
+    facts: ModelFacts, plan: Plan, precision: str, base: str | None = None
+) -> tuple[SegmentWeights, ...]:
+    """Weights of each segment by the model's sizes, in the order of prefill; ``base`` None is `default_base`.
 
-    INT8 and INT4 are weight-only: the decoder layers' matrices, with an FP16 scale for each row (INT8) or group of
-    INT4_GROUP (INT4); all else stays FP16. lofi, fastv, random and uniform have no weights; lvpruning's are FP32.
+    INT8 and INT4 have a scale in the base's type for each `block_size`. lofi, fastv, random and uniform have no
+    weights; lvpruning's are FP32.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision '{precision}' is none of {', '.join(PRECISIONS)}")
-    width = 4 if precision == "fp32" else 2
+    width = 4 if (base or default_base(precision)) == "fp32" else 2
     table = width * facts.vocabulary * facts.hidden
     vision = [(name, width * count) for name, count in _vision_weights(facts)]
     found = {
         names.VISION_ENCODER: vision,
         names.EMBED_TOKENS: [("embed_tokens.weight", table)],
     }
-    layer = [(name, _matrix_bytes(*shape, precision)) for name, shape in _layer_matrices(facts).items()]
+    layer = []
+    for name, shape in _layer_matrices(facts).items():
+        layer += [(name, size) for size in matrix_bytes(*shape, precision, width)]
     layer.append(("norms", 2 * width * facts.hidden))
     for index, first, stop in plan.segments(facts.layers):
         head = [("norm.weight", width * facts.hidden), ("lm_head.weight", table)] if stop == facts.layers else []
@@ -68,24 +91,25 @@ def _vision_weights(facts: ModelFacts) -> list[tuple[str, int]]:
 def _layer_matrices(facts: ModelFacts) -> dict[str, tuple[int, int]]:
     """[out, in] of the matrices in one decoder layer."""
     queries, keys = facts.heads * facts.head_dim, facts.kv_heads * facts.head_dim
+    q, k, v, o, gate, up, down = MATRICES
     return {
-        "q_proj.weight": (queries, facts.hidden),
-        "k_proj.weight": (keys, facts.hidden),
-        "v_proj.weight": (keys, facts.hidden),
-        "o_proj.weight": (facts.hidden, queries),
-        "gate_proj.weight": (facts.intermediate, facts.hidden),
-        "up_proj.weight": (facts.intermediate, facts.hidden),
-        "down_proj.weight": (facts.hidden, facts.intermediate),
+        q: (queries, facts.hidden),
+        k: (keys, facts.hidden),
+        v: (keys, facts.hidden),
+        o: (facts.hidden, queries),
+        gate: (facts.intermediate, facts.hidden),
+        up: (facts.intermediate, facts.hidden),
+        down: (facts.hidden, facts.intermediate),
     }
 
 
-def _matrix_bytes(rows: int, columns: int, precision: str) -> int:
+def matrix_bytes(rows: int, columns: int, precision: str, width: int) -> tuple[int, ...]:
+    """Of a matrix [rows, columns]: its codes and its scales, or all of it where it stays; the base has ``width``."""
     count = rows * columns
-    if precision == "int8":
-        return count + 2 * rows
-    if precision == "int4":
-        return count // 2 + 2 * rows * -(-columns // INT4_GROUP)
-    return count * (4 if precision == "fp32" else 2)
+    block = None if precision in BASES else block_size(columns, precision)
+    if block is None:
+        return (count * width,)
+    return (count if precision == "int8" else (count + 1) // 2, width * count // block)
 
 
 def _module_weights(hidden: int, module: Module) -> list[tuple[str, int]]:

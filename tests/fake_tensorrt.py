@@ -20,7 +20,7 @@ import onnxruntime
 from polygraphy.exception import PolygraphyException
 
 from tokprune.runtime.bundle import Bundle, open_bundle, sha256
-from tokprune.runtime.engines import slot
+from tokprune.runtime.engines import slot, versions
 from tokprune.runtime.engines.profiles import segment_profiles
 
 POISON = 0xA5
@@ -31,7 +31,7 @@ class FakeCuda:
     """In place of Polygraphy's wrapper of the CUDA runtime; ``limit`` is the memory of the GPU."""
 
     def __init__(self, capability=(8, 7), limit=1 << 30) -> None:
-        self.limit, self.memory, self.copied = limit, {}, Counter()
+        self.limit, self.memory, self.copied, self.synchronized = limit, {}, Counter(), 0
         values = {13: 1_300_000, 16: 16, 75: capability[0], 76: capability[1]}
         self.handle = types.SimpleNamespace(
             cudaGetDeviceCount=lambda out: self._give(out, 1),
@@ -67,6 +67,7 @@ class FakeCuda:
 
     def stream_synchronize(self, stream) -> None:
         assert stream == 77
+        self.synchronized += 1
 
     def memcpy(self, dst, src, nbytes, kind, stream_ptr=None) -> None:
         assert stream_ptr == 77
@@ -113,6 +114,8 @@ class FakeTensorRt(types.ModuleType):
 
     def get_plugin_registry(self):
         def load_library(path):
+            if self.plugins:
+                return None  # an operator that is registered already
             self.plugins.append(path)
             return object()
 
@@ -128,9 +131,6 @@ class FakeEngine:
     def get_tensor_name(self, index):
         return self.names[index]
 
-    def get_device_memory_size_for_profile_v2(self, profile):
-        return 10_000 * (1 + profile) * (1 + len(self.facts["name"]))
-
     def create_execution_context(self, strategy):
         assert strategy == "user managed"
         self.trt.contexts[self.facts["name"]] = context = FakeContext(self)
@@ -145,6 +145,7 @@ class FakeContext:
         self.session = onnxruntime.InferenceSession(self.facts["graph"], providers=["CPUExecutionProvider"])
         self.shapes, self.addresses, self.profile = {}, {}, 0
         self.device_memory, self.switches, self.runs, self.bound = 0, [], 0, []
+        self.most_needed = 0
 
     def set_optimization_profile_async(self, index, stream) -> bool:
         self.profile, self.shapes = index, {}
@@ -168,6 +169,12 @@ class FakeContext:
         (shape,) = [shape for tensor, shape, _ in self.facts["outputs"] if tensor == name]
         return [dim if isinstance(dim, int) else eval(dim, {}, axes) for dim in shape]  # a sum of axes
 
+    def update_device_memory_size_for_shapes(self):
+        assert set(self.shapes) == {name for name, _, _ in self.facts["inputs"]}
+        self.needed = 10_001 * (1 + len(self.facts["name"]) + self.shapes[self.facts["inputs"][0][0]][1])
+        self.most_needed = max(self.most_needed, self.needed)
+        return self.needed
+
     def set_device_memory(self, address, size) -> None:
         self.cuda.check_held(address, size)
         ctypes.memset(address, POISON, size)
@@ -175,8 +182,7 @@ class FakeContext:
 
     def execute_async_v3(self, stream) -> bool:
         assert stream == 77
-        needed = self.engine.get_device_memory_size_for_profile_v2(self.profile)
-        assert self.device_memory >= needed
+        assert self.device_memory >= self.needed
         if self.engine.trt.refuses == self.facts["name"]:
             self.engine.logger.log(Severity.ERROR, "an illegal value")
             return False
@@ -212,6 +218,7 @@ def install(monkeypatch, cuda: FakeCuda | None = None, version: str = "10.3.0") 
     cuda = cuda or FakeCuda()
     trt = FakeTensorRt(cuda, version)
     monkeypatch.setattr(polygraphy.cuda.cuda, "G_CUDA", cuda)
+    monkeypatch.setattr(versions, "_registered", {})
     monkeypatch.setitem(sys.modules, "tensorrt", trt)
     return trt
 

@@ -74,6 +74,6 @@ def write_case(folder: Path, node: onnx.NodeProto, inputs: Mapping[str, np.ndarr
     return case
 
 
-def harness(folder: Path, verb: str, case: Path, *, under: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+def harness(folder: Path, verb: str, *cases: Path, under: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
     """Run the harness that `compiled` has put into ``folder``."""
-    return subprocess.run([*under, folder / HARNESS, verb, case], capture_output=True, text=True)
+    return subprocess.run([*under, folder / HARNESS, verb, *cases], capture_output=True, text=True)

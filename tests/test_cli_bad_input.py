@@ -561,7 +561,7 @@ def test_interrupt(tiny_checkpoint, tmp_path):
     result = finish(child)
     assert result.code == 130
     assert result.out == ""
-    assert result.err.splitlines()[-1] == "Interrupted: nothing was left behind."
+    assert result.err.splitlines()[-1] == "Interrupted: nothing unfinished was left behind."
     assert "Traceback" not in result.err
     assert not listing(tmp_path)
 

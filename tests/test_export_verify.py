@@ -178,7 +178,9 @@ class TestVerify:
     @pytest.mark.parametrize("key", ["none", "lofi", "uniform", "random-0", "lofi-2", "fastv", "fastv-2", "lvpruning"])
     def test_engine_equals_pytorch_with_the_same_pruning(self, tiny_bundle, checkpoint, samples, key):
         model = load(tiny_bundle(key))
+        model.pipeline.backend.remarks = ("as the engine has it",)
         result, outcomes = verify(model, checkpoint, samples, max_new_tokens=5, spectrum_samples=2)
+        assert result["remarks"] == ["as the engine has it"]
         parity = result["parity"]
         assert parity["samples"] == len(samples)
         assert parity["greedy_agreement"] == parity["kept_equal_margin"] == parity["same_token_ids"] == 1.0

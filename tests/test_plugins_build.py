@@ -1,4 +1,4 @@
-"""``build-plugins`` around the compiler: what is looked for, what is said when it is missing, what is kept.
+"""``build-plugins`` around the compiler: what is built, and what is kept.
 
 Tools are scripts here, so that any machine has them; real ones run in test_plugins_tensorrt.py.
 """
@@ -6,77 +6,17 @@ Tools are scripts here, so that any machine has them; real ones run in test_plug
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from plugin_machine import NVCC, Machine
 
-from tokprune.plugins import build, toolchain
+from tokprune.plugins import build
 from tokprune.plugins.build import LIBRARY, REGISTERING, build_plugins
 from tokprune.runtime.errors import UserError
-
-NVCC = """#!/bin/sh
-case $1 in
---version) echo "Cuda compilation tools, release 12.6, V12.6.68" ;;
---list-gpu-arch) printf 'compute_80\\ncompute_86\\ncompute_87\\ncompute_90\\n' ;;
-esac
-"""
-# Leaves a library of its own for each call, and a line of what it was asked
-CMAKE = """#!/bin/sh
-echo "$@" >> {calls}
-if [ "$1" = --build ]; then
-  head -c 100 /dev/urandom > "$2/{library}"
-  echo registering > "$2/{registering}"
-else
-  mkdir -p "$4"
-fi
-echo "[1/2] Building"
-{end}
-"""
-
-
-class Machine:
-    """A PATH with nothing but ``tools``, and TensorRT's headers beside it."""
-
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.bin, self.headers, self.calls = folder / "bin", folder / "include", folder / "calls"
-        self.cache = folder / "cache"
-        for path in (self.bin, self.headers):
-            path.mkdir()
-        for name in ("ninja", "c++"):
-            self.tool(name, "#!/bin/sh\n")
-        self.tool("nvcc", NVCC)
-        self.cmake()
-        self.tensorrt("10", "3")
-        monkeypatch.setenv("PATH", os.pathsep.join([str(self.bin), "/usr/bin", "/bin"]))  # the scripts' own needs
-        monkeypatch.setattr(toolchain.shutil, "which", self.which)
-        monkeypatch.setenv("XDG_CACHE_HOME", str(self.cache))
-        monkeypatch.setenv("TENSORRT_INCLUDE_DIR", str(self.headers))
-        monkeypatch.delenv("CUDA_HOME", raising=False)
-        monkeypatch.setattr(toolchain, "_DEVICE_TREE", folder / "compatible")
-        monkeypatch.setattr(toolchain, "_packaged_nvcc", lambda: iter(()))
-
-    def which(self, name: str, path: str | None = None) -> str | None:
-        return str(self.bin / name) if (self.bin / name).is_file() else None
-
-    def tool(self, name: str, script: str) -> None:
-        (self.bin / name).write_text(script)
-        (self.bin / name).chmod(0o755)
-
-    def cmake(self, end: str = "exit 0") -> None:
-        self.tool("cmake", CMAKE.format(calls=self.calls, library=LIBRARY, registering=REGISTERING, end=end))
-
-    def tensorrt(self, major: str, minor: str, name: str = "TRT_{}_ENTERPRISE") -> None:
-        (self.headers / "NvInferRuntime.h").write_text("")
-        parts = {"MAJOR": major, "MINOR": minor, "PATCH": "1"}
-        lines = [f"#define {name.format(part)} {value} //!< version\n" for part, value in parts.items()]
-        (self.headers / "NvInferVersion.h").write_text("".join(lines))
-
-    def asked(self) -> list[str]:
-        """What cmake was called with."""
-        return self.calls.read_text().splitlines() if self.calls.exists() else []
 
 
 @pytest.fixture
@@ -144,10 +84,34 @@ class TestCache:
             UserError, match=r"not built .launch\.cu.7.: error: no such thing.: .* in (.*\.log)"
         ) as told:
             build_plugins("87", out=tmp_path / "out")
-        (log,) = (machine.cache / "tokprune" / "plugins").iterdir()
+        (log,) = (path for path in (machine.cache / "tokprune" / "plugins").iterdir() if path.name != ".lock")
         assert str(log) in str(told.value)
         assert "more" in log.read_text()
         assert not (tmp_path / "out").exists()
+
+    def test_what_a_killed_build_left_goes_with_the_next(self, machine: Machine):
+        """Of whatever it was a build; one that is at work keeps its directory."""
+        machine.cmake("exec sleep 60")
+        code = "from tokprune.plugins.build import build_plugins; build_plugins('87')"
+        builds = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
+        left = lambda: set((machine.cache / "tokprune" / "plugins").glob(".*.partial-*/build"))  # noqa: E731
+        try:
+            for _ in range(300):
+                if len(left()) == len(builds):
+                    break
+                time.sleep(0.1)
+            before = left()
+            assert len(before) == 2
+            builds[0].kill()
+            builds[0].wait()
+            machine.cmake()
+            build_plugins("90")
+            assert len(left()) == 1
+            assert left() < before
+        finally:
+            for each in builds:
+                each.kill()
+                each.wait()
 
     def test_sources_are_hashed_by_name_and_content(self, tmp_path: Path, monkeypatch):
         hashes = [build.source_hash()]
@@ -181,119 +145,6 @@ class TestOut:
         (tmp_path / "out").write_text("")
         with pytest.raises(UserError, match=r"--out .*out cannot be written .*: choose another"):
             build_plugins("87", out=tmp_path / "out")
-
-
-class TestArchitectures:
-    def test_all_that_this_nvcc_knows(self, machine: Machine):
-        assert build_plugins("all").architectures == (80, 86, 87, 90)
-
-    def test_native_is_every_gpu_here(self, machine: Machine):
-        machine.tool("nvidia-smi", "#!/bin/sh\nprintf '9.0\\n8.6\\n9.0\\n'\n")
-        assert build_plugins().architectures == (86, 90)
-
-    @pytest.mark.parametrize(("name", "arch"), [("nvidia,tegra234", 87), ("nvidia,tegra264", 110)])
-    def test_native_on_a_jetson(self, machine: Machine, tmp_path: Path, name: str, arch: int):
-        """Where nvidia-smi, if there is one, does not say."""
-        (tmp_path / "compatible").write_bytes(f"nvidia,p3737-0000+p3701-0000\0{name}\0".encode())
-        machine.tool("nvidia-smi", "#!/bin/sh\necho '[N/A]'\n")
-        machine.tool("nvcc", NVCC.replace("compute_90", "compute_110"))
-        assert build_plugins().architectures == (arch,)
-
-    @pytest.mark.parametrize(
-        ("wanted", "words"),
-        [
-            ("sm_87", "--arch sm_87 is neither native, all nor capabilities"),
-            ("", "neither native"),
-            ("87,120", "means 120, which .*nvcc of CUDA 12.6 does not compile for: choose from 80, 86, 87, 90"),
-            ("native", "no GPU was found .* .there is no nvidia-smi.: .* --arch 87 for Orin"),
-        ],
-    )
-    def test_refused(self, machine: Machine, wanted: str, words: str):
-        with pytest.raises(UserError, match=words):
-            build_plugins(wanted)
-
-    def test_native_where_the_driver_lists_none(self, machine: Machine):
-        machine.tool("nvidia-smi", "#!/bin/sh\n")
-        with pytest.raises(UserError, match="nvidia-smi lists none"):
-            build_plugins()
-
-    def test_native_where_the_driver_fails(self, machine: Machine):
-        machine.tool("nvidia-smi", "#!/bin/sh\nexit 9\n")
-        with pytest.raises(UserError, match=r"nvidia-smi --query-gpu=compute_cap .* failed .*exit status 9"):
-            build_plugins()
-
-
-class TestMissing:
-    JETSON = b"nvidia,p3768-0000\0nvidia,tegra234\0"
-
-    @pytest.mark.parametrize(
-        ("tool", "words"),
-        [
-            ("nvcc", "need nvcc, .*: install CUDA 12.2 or later, or pip install nvidia-cuda-nvcc"),
-            ("cmake", "needs cmake: sudo apt install cmake"),
-            ("ninja", "needs ninja or make: "),
-            ("c++", r"needs g\+\+: "),
-        ],
-    )
-    def test_tool(self, machine: Machine, tool: str, words: str, monkeypatch):
-        (machine.bin / tool).unlink()
-        monkeypatch.setattr(toolchain, "_USUAL_CUDA", machine.bin / "none")
-        with pytest.raises(UserError, match=words):
-            build_plugins("87")
-        assert machine.asked() == []
-
-    def test_make_does_where_ninja_is_missing(self, machine: Machine):
-        (machine.bin / "ninja").rename(machine.bin / "make")
-        build_plugins("87")
-        assert "-G Unix Makefiles" in machine.asked()[0]
-
-    def test_nvcc_of_cuda_home_or_of_the_package(self, machine: Machine, tmp_path: Path, monkeypatch):
-        monkeypatch.setattr(toolchain, "_USUAL_CUDA", machine.bin / "none")
-        home = tmp_path / "home"
-        (home / "bin").mkdir(parents=True)
-        (machine.bin / "nvcc").rename(home / "bin" / "nvcc")
-        monkeypatch.setattr(toolchain, "_packaged_nvcc", lambda: iter([home / "bin" / "nvcc"]))
-        assert toolchain.find_nvcc() == home / "bin" / "nvcc"
-        monkeypatch.setattr(toolchain, "_packaged_nvcc", lambda: iter(()))
-        monkeypatch.setenv("CUDA_HOME", str(home))
-        assert toolchain.find_nvcc() == home / "bin" / "nvcc"
-
-    def test_on_a_jetson_it_is_apt(self, machine: Machine, tmp_path: Path, monkeypatch):
-        (tmp_path / "compatible").write_bytes(self.JETSON)
-        monkeypatch.setattr(toolchain, "_USUAL_CUDA", machine.bin / "none")
-        monkeypatch.setattr(toolchain, "_USUAL_HEADERS", ("/nowhere",))
-        monkeypatch.delenv("TENSORRT_INCLUDE_DIR")
-        with pytest.raises(UserError, match=r"in none of /nowhere: sudo apt install libnvinfer-headers-dev$"):
-            build_plugins()
-        (machine.bin / "nvcc").unlink()
-        with pytest.raises(UserError, match=r"need nvcc.*: sudo apt install cuda-nvcc-12-6 .* JetPack 7\.2$"):
-            build_plugins()
-
-    def test_headers(self, machine: Machine, tmp_path: Path, monkeypatch):
-        with pytest.raises(UserError, match=r"--tensorrt-include names .*bin, which has no NvInferRuntime\.h: give"):
-            build_plugins("87", machine.bin)
-        monkeypatch.setenv("TENSORRT_INCLUDE_DIR", str(machine.bin))
-        with pytest.raises(UserError, match=r"TENSORRT_INCLUDE_DIR names .*bin, which has no NvInferRuntime\.h"):
-            build_plugins("87")
-        assert build_plugins("87", machine.headers).tensorrt == "10.3.1"
-        monkeypatch.setattr(toolchain, "_USUAL_HEADERS", ("/nowhere", str(machine.headers)))
-        monkeypatch.delenv("TENSORRT_INCLUDE_DIR")
-        assert build_plugins("87").cached
-
-    def test_headers_of_10_3_say_their_version_in_another_way(self, machine: Machine):
-        machine.tensorrt("10", "3", "NV_TENSORRT_{}")
-        assert build_plugins("87").tensorrt == "10.3.1"
-
-    @pytest.mark.parametrize(("version", "words"), [(("8", "6"), r"holds TensorRT 8\.6\.1, the plugin needs 10\.3")])
-    def test_headers_too_old(self, machine: Machine, version: tuple[str, str], words: str):
-        machine.tensorrt(*version)
-        with pytest.raises(UserError, match=words):
-            build_plugins("87")
-
-    def test_headers_without_a_version(self, machine: Machine):
-        (machine.headers / "NvInferVersion.h").unlink()
-        with pytest.raises(UserError, match=r"NvInferVersion\.h does not tell TensorRT's version"):
-            build_plugins("87")
 
 
 class TestCommand:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.gpu
 # A share of cases, and not all, because FP16 rows may lie so that float64's own k-th and next score differ by less
 # than FP32 resolves; the issue asks for 99.5 % of 1,000.
 CASES = int(os.environ.get("TOKPRUNE_GPU_CASES", "100"))
-LEAST_EQUAL = 0.995
+LEAST_EQUAL, AT_ONCE = 0.995, 50
 SCORE_TOLERANCE = 1e-3  # leverage scores lie in 0..1
 
 
@@ -51,12 +52,23 @@ def rows(seed: int, images: int, n: int, d: int, dtype: type) -> np.ndarray:
 
 def run(built: Path, node: onnx.NodeProto, inputs: dict, folder: Path, *, under: tuple[str, ...] = ()):
     """(kept [I, k], scores [I, N], what the harness measured)."""
-    images, n = next(iter(inputs.values())).shape[:2]
-    done = harness(built, "run", write_case(folder, node, inputs), under=under)
+    (found,) = run_all(built, node, [inputs], folder, under=under)
+    return found
+
+
+def run_all(built: Path, node: onnx.NodeProto, cases: list[dict], folder: Path, *, under: tuple[str, ...] = ()):
+    """What `run` gives, of each of ``cases``, in one process."""
+    folders = [folder / str(number) for number in range(len(cases))]
+    for each in folders:
+        each.mkdir(exist_ok=True)
+    paths = [write_case(each, node, inputs) for each, inputs in zip(folders, cases, strict=True)]
+    done = harness(built, "run", *paths, under=under)
     assert done.returncode == 0, done.stdout + done.stderr
-    kept = np.fromfile(folder / "kept", dtype=np.int64).reshape(images, -1)
-    scores = np.fromfile(folder / "scores", dtype=np.float32).reshape(images, n)
-    return kept, scores, json.loads(done.stdout.strip().splitlines()[-1] if not under else "{}")
+    measured = [{}] * len(cases) if under else [json.loads(line) for line in done.stdout.splitlines()]
+    for each, inputs, numbers in zip(folders, cases, measured, strict=True):
+        images, n = next(iter(inputs.values())).shape[:2]
+        kept = np.fromfile(each / "kept", dtype=np.int64).reshape(images, -1)
+        yield kept, np.fromfile(each / "scores", dtype=np.float32).reshape(images, n), numbers
 
 
 class TestLeverageTopK:
@@ -85,10 +97,14 @@ class TestLeverageTopK:
         """Fresh rows at 7B's size, r = 64, FP16; TOKPRUNE_GPU_CASES says how many."""
         node = leverage.leverage_topk_node("X", ("a", "b"), 64, rank=64)
         equal, begin = 0, int.from_bytes(os.urandom(4), "big")
-        for seed in range(begin, begin + CASES):
-            x = rows(seed, 1, 576, 4096, np.float16)
-            kept, _, _ = run(built, node, {"X": x}, tmp_path)
-            equal += metrics.kept_equal_margin(kept[0], leverage_reference.leverage_scores(x[0], rank=64))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # NumPy's products and decompositions run side by side
+            for first in range(0, CASES, AT_ONCE):
+                seeds = range(begin + first, begin + min(first + AT_ONCE, CASES))
+                drawn = list(pool.map(lambda seed: rows(seed, 1, 576, 4096, np.float16), seeds))
+                expected = pool.map(lambda x: leverage_reference.leverage_scores(x[0], rank=64), drawn)
+                found = run_all(built, node, [{"X": x} for x in drawn], tmp_path)
+                for (kept, _, _), scores in zip(found, expected, strict=True):
+                    equal += metrics.kept_equal_margin(kept[0], scores)
         print(f"{equal} of {CASES} kept sets equal, seeds from {begin}")
         assert equal >= LEAST_EQUAL * CASES
 

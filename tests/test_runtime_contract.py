@@ -21,9 +21,11 @@ PLANS = {
 }
 
 
-def manifest_of(plan: Plan, precision: str = "fp32") -> Manifest:
+def manifest_of(plan: Plan, precision: str = "fp32", base: str | None = None) -> Manifest:
     """A whole manifest without any file: what the contract says, with the open lengths filled in."""
-    bare = dataclasses.replace(MANIFEST, plan=plan, precision=precision, segments=(), files=(), memory=())
+    bare = dataclasses.replace(
+        MANIFEST, plan=plan, precision=precision, base=base or precision, segments=(), files=(), memory=()
+    )
 
     def tensors(wanted):
         return tuple(
@@ -47,6 +49,8 @@ def manifest_of(plan: Plan, precision: str = "fp32") -> Manifest:
     paths += [segment.plugin_file for segment in segments if segment.plugin_file]
     if plan.method == "lvpruning":
         paths += ["modules.safetensors", "modules.json"]
+    if precision.startswith("int"):
+        paths.append("recipe.json")
     files = tuple(FileFacts(path, 1, "0" * 64) for path in paths)
     memory = tuple(SegmentWeights(segment.name, 3, "weight", 2) for segment in segments)
     return dataclasses.replace(bare, segments=segments, files=files, memory=memory)
@@ -104,10 +108,21 @@ def test_lvpruning_tells_selectors_where_the_text_is():
     assert not [segment.name for segment in manifest_of(PLANS["two"]).segments if text in segment.inputs]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize(
+    ("precision", "base"), [("fp32", "fp32"), ("fp16", "fp16"), ("int8", "fp32"), ("int8", "fp16"), ("int4", "fp16")]
+)
 @pytest.mark.parametrize("plan", PLANS)
-def test_whole_manifests_pass(plan, precision):
-    check_manifest(manifest_of(PLANS[plan], precision), "here")
+def test_whole_manifests_pass(plan, precision, base):
+    manifest = manifest_of(PLANS[plan], precision, base)
+    check_manifest(manifest, "here")
+    assert manifest.segments[-1].inputs[0].dtype == {"fp32": "float32", "fp16": "float16"}[base]
+
+
+def test_integers_need_a_recipe():
+    manifest = manifest_of(PLANS["one"], "int4", "fp16")
+    files = tuple(file for file in manifest.files if file.path != "recipe.json")
+    with pytest.raises(UserError, match=r"does not list the file recipe.json"):
+        check_manifest(dataclasses.replace(manifest, files=files), "here")
 
 
 @pytest.mark.parametrize("plan", ["random", "random-0", "random-2", "fastv-2", "lvpruning"])
@@ -142,6 +157,8 @@ CONTRADICTIONS = {
     "input beyond the cache": (lambda m: m["limits"].update(max_input_length=121), "inputs of 121 tokens"),
     "cache beyond the context": (lambda m: m["limits"].update(max_kv_capacity=129), "the model's context of 128"),
     "precision": (lambda m: m.update(precision="fp8"), "'fp8'"),
+    "base": (lambda m: m.update(base="int8"), "its base is 'int8'"),
+    "precision and base": (lambda m: m.update(base="fp16"), "its precision is fp32, on a base of fp16"),
     "source": (lambda m: m.update(source={}), "names no model"),
     "prompt without text": (lambda m: m["prompt"].update(user="USER:"), "prompt format"),
     "prompt with two": (lambda m: m["prompt"].update(user="{text}{text}"), "prompt format"),

@@ -67,6 +67,17 @@ def test_a_jetson_without_jetpack(jetson: Path):
     assert machine.memory is None
 
 
+@pytest.mark.parametrize("script", ["#!/bin/sh\necho 'NV Power Mode: MAXN'\nexec sleep 60\n", "no program"])
+def test_a_power_mode_that_is_not_told(jetson: Path, monkeypatch, script: str):
+    """nvpmodel that hangs, or does not start, keeps doctor from nothing else."""
+    (jetson / "bin" / "nvpmodel").write_text(script)
+    monkeypatch.setattr(device, "TIMEOUT_S", 0.2)
+    machine = device.find_machine(jetson)
+    assert machine.jetson is not None
+    assert machine.jetson.power_mode is None
+    assert machine.memory == 1024 * 7802652
+
+
 def test_this_machine():
     machine = device.find_machine()
     assert machine.jetson is None

@@ -247,3 +247,11 @@ class TestEnvironment:
         monkeypatch.setenv("PYTHONPATH", str(tmp_path))
         with pytest.raises(UserError, match=rf"{tmp_path}/a\.onnx and ended with .*{words}"):
             compiler.parse(tmp_path / "a.onnx")
+
+
+def test_process_that_ends_before_it_has_read_its_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A job is longer than a pipe holds; that nobody reads it must not pass for a reader of ours that went away."""
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    ranges = {f"past_key_values.{layer}.key": ((1, 2, 0, 64),) * 3 for layer in range(3000)}
+    with pytest.raises(UserError, match=r"ended with exit code 1 \(nothing was printed\)"):
+        compiler.build(tmp_path / "a.onnx", tmp_path / "engine", [ranges])

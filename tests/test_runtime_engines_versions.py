@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import types
-from pathlib import Path
 
 import fake_tensorrt
 import pytest
@@ -37,18 +36,37 @@ def test_new_enough(monkeypatch, version):
     assert versions.load(versions.TENSORRT) is trt
 
 
-def test_plugins_that_do_not_load():
-    registry = types.SimpleNamespace(load_library=lambda path: None)
-    with pytest.raises(UserError, match=r"x\.so cannot be loaded as a library of plugins"):
-        versions.load_plugins(types.SimpleNamespace(get_plugin_registry=lambda: registry), Path("x.so"))
+class TestPlugins:
+    @pytest.fixture
+    def trt(self, monkeypatch) -> types.SimpleNamespace:
+        """As TensorRT's registry does, it takes no operator twice."""
+        loaded: list[str] = []
+        load = lambda path: None if loaded or "broken" in path else loaded.append(path) or object()  # noqa: E731
+        monkeypatch.setattr(versions, "_registered", {})
+        registry = types.SimpleNamespace(load_library=load)
+        return types.SimpleNamespace(__name__="tensorrt", get_plugin_registry=lambda: registry, loaded=loaded)
+
+    def test_that_do_not_load(self, trt, tmp_path):
+        (tmp_path / "broken.so").write_bytes(b"no library")
+        with pytest.raises(UserError, match=r"broken\.so cannot be loaded as a library of plugins"):
+            versions.load_plugins(trt, tmp_path / "broken.so")
+        (tmp_path / "x.so").write_bytes(b"a library")
+        versions.load_plugins(trt, tmp_path / "x.so")  # the refused one is not taken for registered
+        assert trt.loaded == [str(tmp_path / "x.so")]
+
+    def test_of_two_bundles_in_a_process(self, trt, tmp_path):
+        for name, content in (("a.so", b"a library"), ("b.so", b"a library"), ("c.so", b"another")):
+            (tmp_path / name).write_bytes(content)
+        for name in ("a.so", "a.so", "b.so"):
+            versions.load_plugins(trt, tmp_path / name)
+        assert trt.loaded == [str(tmp_path / "a.so")]
+        with pytest.raises(UserError, match=r"c\.so is another library of plugins than the one that this process has"):
+            versions.load_plugins(trt, tmp_path / "c.so")
 
 
-def test_contexts_need_the_greediest_profiles_memory():
-    sizes = [5, 9, 7]
-    engine = types.SimpleNamespace(
-        num_optimization_profiles=3, get_device_memory_size_for_profile_v2=lambda profile: sizes[profile]
-    )
-    assert versions.context_bytes(engine) == 9
+def test_contexts_say_what_they_need():
+    context = types.SimpleNamespace(update_device_memory_size_for_shapes=lambda: 9)
+    assert versions.context_bytes(context) == 9
 
 
 class TestLayers:

@@ -141,6 +141,7 @@ def manifest() -> Manifest:
         model=TINY,
         plan=Plan("lofi", (Stage(2, 4),), Rank(components=2)),
         precision="fp32",
+        base="fp32",
         prompt=PromptFormat("", "{text}", ""),
         limits=Limits(1, 64, 64),
         segments=(

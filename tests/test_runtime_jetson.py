@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tokprune.runtime.flops import SEVEN_B, THIRTEEN_B
-from tokprune.runtime.jetson import MODULES, available_bytes, tokens_that_fit, verdict
+from tokprune.runtime.jetson import MODULES, available_bytes, capacity_that_fits, verdict
 from tokprune.runtime.memory import MemoryPlan, Work, memory_plan
 from tokprune.runtime.plan import Plan, Rank, Stage
 
@@ -25,10 +25,10 @@ def test_usable_memory() -> None:
 @pytest.mark.parametrize(
     ("precision", "runs", "builds"),
     [
-        ("fp32", "AGX Orin 64, AGX Orin 32", ""),
+        ("fp32", "AGX Orin 64", ""),
         ("fp16", "AGX Orin 64, AGX Orin 32", "AGX Orin 64"),
         ("int8", "AGX Orin 64, AGX Orin 32, Orin NX 16", "AGX Orin 64, AGX Orin 32"),
-        ("int4", "AGX Orin 64, AGX Orin 32, Orin NX 16, Orin Nano 8", "AGX Orin 64, AGX Orin 32, Orin NX 16"),
+        ("int4", "AGX Orin 64, AGX Orin 32, Orin NX 16", "AGX Orin 64, AGX Orin 32, Orin NX 16"),
     ],
 )
 def test_7b_by_precision(precision: str, runs: str, builds: str) -> None:
@@ -39,9 +39,9 @@ def test_7b_by_precision(precision: str, runs: str, builds: str) -> None:
 
 def test_says_what_would_fit() -> None:
     assert verdict(seven("fp16"), AGX_64)["instead"] == []
-    assert verdict(seven("fp16"), NX)["instead"] == ["run: int8, 8.0 GB", "build: int4, 13.6 GB"]
+    assert verdict(seven("fp16"), NX)["instead"] == ["run: int8, 11.4 GB", "build: int4, 13.6 GB"]
     (run, build, head) = verdict(seven("fp16"), NANO)["instead"]
-    assert run == "run: int4, 4.9 GB"
+    assert run == "run: int4 exported with --max-kv-cache-capacity 2453 instead of 4096"
     assert build.startswith("build: no precision")
     assert head.startswith("export with --split-lm-head: 263 MB")
     assert "run: no precision fits" in verdict(memory_plan(THIRTEEN_B, Plan("none"), "fp16"), NANO)["instead"]
@@ -49,18 +49,21 @@ def test_says_what_would_fit() -> None:
 
 def test_keep_decides_where_caches_do() -> None:
     """Two prompts of 7B in INT4: unpruned their caches are too much for the smallest module."""
-    work = {"batch": 2, "text_tokens": 100, "new_tokens": 300}
-    pruned, full = (seven("int4", plan, **work) for plan in (LOFI, Plan("none")))
+    work = Work(batch=2)
+    pruned, full = (memory_plan(SEVEN_B, plan, "int4", work, capacity=1200) for plan in (LOFI, Plan("none")))
     assert verdict(pruned, NANO)["run"]
     assert not verdict(full, NANO)["run"]
+    assert verdict(full, NANO)["instead"][0].startswith("run: batch 1 or exported with --max-kv-cache-capacity 890 ")
 
 
-def test_fewer_tokens_that_fit_do_fit() -> None:
-    plan = seven("int4", Plan("none"), batch=2, text_tokens=100, new_tokens=300)
+def test_smaller_caches_that_fit_do_fit() -> None:
+    plan = seven("int4", Plan("none"), batch=2)
     room = available_bytes(NANO)
-    most = tokens_that_fit(plan, room)
-    assert 0 < most < 400
-    assert seven("int4", Plan("none"), batch=2, text_tokens=100, new_tokens=most - 100).tensorrt_bytes <= room
-    assert seven("int4", Plan("none"), batch=2, text_tokens=100, new_tokens=most - 99).tensorrt_bytes > room
-    assert f"run: batch 1 or {most} of 400 text and answer tokens" in verdict(plan, NANO)["instead"]
-    assert tokens_that_fit(seven("fp16"), room) == 0
+    most = capacity_that_fits(plan, room)
+    assert 740 < most < 4096  # the work's length, the model's context
+    for capacity, fits in ((most, True), (most + 1, False)):
+        made = memory_plan(SEVEN_B, Plan("none"), "int4", Work(batch=2), capacity=capacity)
+        assert (made.tensorrt_bytes <= room) == fits
+    run = f"run: exported with --max-kv-cache-capacity {most} instead of 4096"
+    assert run in verdict(plan, NANO)["instead"]
+    assert capacity_that_fits(seven("fp16"), room) == 0

@@ -22,7 +22,7 @@ from tokprune.runtime.manifest import (
 from tokprune.runtime.plan import Plan, Rank, Stage
 
 MANIFEST = Manifest(
-    schema=4,
+    schema=5,
     tools={"tokprune": "0.1.0"},
     source={"model": "tïny"},
     model=ModelFacts(
@@ -42,6 +42,7 @@ MANIFEST = Manifest(
     ),
     plan=Plan("lofi", (Stage(1, 6),), Rank(energy=0.9)),
     precision="fp32",
+    base="fp32",
     prompt=PromptFormat(image="<image>\n", user="USER: {text} ", assistant="ASSISTANT:"),
     limits=Limits(max_batch=4, max_input_length=100, max_kv_capacity=120),
     segments=(
@@ -59,9 +60,9 @@ MANIFEST = Manifest(
     memory=(SegmentWeights("decoder_0", 2**40, "lm_head.weight", 2**30),),
 )
 
-# What version 4 of the schema looks like: a change here is a change of the format, and needs a new version.
+# What version 5 of the schema looks like: a change here is a change of the format, and needs a new version.
 TEXT = """{
- "schema": 4,
+ "schema": 5,
  "tools": {
   "tokprune": "0.1.0"
  },
@@ -109,6 +110,7 @@ TEXT = """{
   "module": null
  },
  "precision": "fp32",
+ "base": "fp32",
  "prompt": {
   "image": "<image>\\n",
   "user": "USER: {text} ",
@@ -213,7 +215,7 @@ class TestReading:
 
     @pytest.mark.parametrize("schema", [0, SCHEMA + 1, -1, 1.0, True, "1", None, [1], {}])
     def test_schema(self, schema):
-        with pytest.raises(UserError, match=r"here has schema version .*, this tokprune reads version 4"):
+        with pytest.raises(UserError, match=r"here has schema version .*, this tokprune reads version 5"):
             Manifest.from_json(changed(lambda data: data.update(schema=schema)), "here")
 
     @pytest.mark.parametrize("text", ["[]", "3", "null", '"schema"', "{}"])

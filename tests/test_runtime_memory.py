@@ -144,19 +144,31 @@ class TestPeaks:
         wider = activation_bytes(SEVEN_B, LOFI, "fp32", Work()).values()
         assert plan.onnxruntime_cpu_bytes == round(1.2 * (2 * weights + sum(caches) + max(caches) + sum(wider)))
         assert memory_plan(SEVEN_B, LOFI, "int8").onnxruntime_cpu_bytes is None
-        assert plan.tensorrt_bytes == weights + 2 * sum(caches) + max(activations)
+        full = [2 * MIB // 64 * 4096, 30 * MIB // 64 * (4096 - 576 + 64)]  # half a MiB a token for all 32 layers
+        assert plan.tensorrt_cache_bytes == sum(full) + max(full)
+        assert plan.tensorrt_bytes == weights + sum(full) + max(full) + max(activations)
         assert plan.build_bytes == 4 * max(segment.total for segment in plan.weights)
 
     def test_pruning_pays_in_caches(self) -> None:
-        work = Work(text_tokens=36, new_tokens=36)
-        pruned, full = (memory_plan(SEVEN_B, plan, "fp16", work) for plan in (LOFI, Plan("none")))
-        assert full.tensorrt_bytes - pruned.tensorrt_bytes > 2 * (576 - 64) * 30 * MIB // 64
+        pruned, full = (memory_plan(SEVEN_B, plan, "fp16") for plan in (LOFI, Plan("none")))
+        saved = full.tensorrt_cache_bytes - pruned.tensorrt_cache_bytes
+        # rows that were pruned, twice; and the second buffer is for 30 layers instead of 32
+        assert saved == 2 * (576 - 64) * 30 * MIB // 64 + 2 * MIB // 64 * 4096
+
+    def test_tensorrts_caches_are_made_for_the_capacity(self) -> None:
+        """However short prompt and answer are."""
+        short, long = (memory_plan(SEVEN_B, LOFI, "fp16", Work(new_tokens=n), capacity=1500) for n in (1, 800))
+        assert short.tensorrt_cache_bytes == long.tensorrt_cache_bytes
+        assert long.tensorrt_cache_bytes < memory_plan(SEVEN_B, LOFI, "fp16").tensorrt_cache_bytes / 2
+        with pytest.raises(UserError, match=r"1501 tokens were asked for, .* but the KV cache has room for 1500"):
+            memory_plan(SEVEN_B, LOFI, "fp16", Work(new_tokens=889), capacity=1500)
 
 
 def test_usual_work_fits_every_model() -> None:
     for context, text, new, images in ((4096, 36, 128, 1), (700, 36, 88, 1), (600, 24, 0, 1), (500, 36, 128, 0)):
         facts = dataclasses.replace(SEVEN_B, context=context)
         assert memory_plan(facts, LOFI, "fp16").work == Work(text, new, images)
+        assert memory_plan(SEVEN_B, LOFI, "fp16", capacity=context).work == Work(text, new, images)
 
 
 @pytest.mark.parametrize(
@@ -196,12 +208,20 @@ class TestCommand:
         lines = [line.split() for line in run("--model", "13b", "--precision", "int4").splitlines()]
         assert lines[0][0] == THIRTEEN_B.name + ","
         assert ["decoder_0", "6.87", "GB"] in [line[:3] for line in lines]
-        assert ["Orin", "NX", "16", "14.2", "GB", "fits", "no"] in lines
+        assert ["AGX", "Orin", "32", "29.4", "GB", "fits", "fits"] in lines
+        assert ["Orin", "NX", "16", "14.2", "GB", "no", "no"] in lines
 
     def test_demo_is_planned_from_its_config(self) -> None:
         found = json.loads(run("--precision", "fp16", "--json"))
         assert sum(found["weights_bytes"].values()) < sum(demo_tensors().values())
         assert all(module["run"] and module["build"] for module in found["modules"])
+
+    def test_capacity(self) -> None:
+        found = [json.loads(run("--model", "7b", *more, "--json")) for more in ((), ("--max-kv-cache-capacity", "800"))]
+        assert [each["max_kv_capacity"] for each in found] == [4096, 800]
+        assert found[1]["kv_bytes_tensorrt"] == 2 * 800 * MIB // 2  # one decoder, its cache twice
+        difference = found[0]["peak_bytes"]["tensorrt"] - found[1]["peak_bytes"]["tensorrt"]
+        assert difference == 2 * (4096 - 800) * MIB // 2
 
     def test_a_bundles_plan(self, tiny_bundle) -> None:
         path = str(tiny_bundle("uniform"))
@@ -221,6 +241,8 @@ class TestCommand:
             (["--model", "7b", "--stage", "40:64"], "layer 40"),
             (["--model", "7b", "--batch", "0"], "0 batch"),
             (["--model", "7b", "--text-tokens", "4096"], "room for 4096"),
+            (["--model", "7b", "--max-kv-cache-capacity", "5000"], "longer than the model's context of 4096"),
+            (["--model", "7b", "--max-kv-cache-capacity", "700"], "KV cache has room for 700"),
         ],
     )
     def test_mistakes_are_named(self, arguments: list[str], sentence: str) -> None:

@@ -5,6 +5,7 @@ There is no GPU here, so CUDA's path runs with the host as the device.
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def test_bound_outputs_are_what_copied_ones_are(tiny_bundle, monkeypatch):
     expected = logits(tiny_bundle("lofi"))
     calls = []
 
-    def bound(session, feeds, outputs):
+    def bound(session, feeds, outputs, spare):
         calls.append(outputs)
         return dict(zip(outputs, ort.run_bound(session._session, feeds, outputs, "cpu"), strict=True))
 
@@ -54,6 +55,17 @@ class TestProviders:
         monkeypatch.setattr("onnxruntime.get_available_providers", lambda: [provider, "CPUExecutionProvider"])
         with pytest.raises(UserError, match=f"{provider} did not start, CPUExecutionProvider would run vision_encoder"):
             load(tiny_bundle("none"), engine=engine)
+
+
+def test_the_tensorrt_providers_cache_has_a_parent(tiny_bundle, tmp_path, monkeypatch):
+    """The provider makes one directory, not those above it."""
+    path = shutil.copytree(tiny_bundle("lofi"), tmp_path / "bundle")
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: [ort.TENSORRT])
+    bundle = open_bundle(path)
+    segment = bundle.manifest.segment("decoder_1")
+    options = ort.OnnxRuntime("onnxruntime-tensorrt")._provider_options(ort.TENSORRT, bundle, segment)
+    assert Path(options["trt_engine_cache_path"]).parent.is_dir()
+    assert ort.OnnxRuntime("onnxruntime-tensorrt")._provider_options(ort.CUDA, bundle, segment) == {}
 
 
 def test_options_of_the_tensorrt_provider(tiny_bundle):

@@ -121,7 +121,16 @@ CONSISTENCY = {
 class TestVerify:
     def test_all_parts(self) -> None:
         gates = [{"name": "min_agreement", "limit": 0.95, "value": 0.9375, "passed": False}]
-        text = report.verify_report({"parity": PARITY, "consistency": CONSISTENCY, "gates": gates, "passed": False})
+        text = report.verify_report(
+            {
+                "parity": PARITY,
+                "consistency": CONSISTENCY,
+                "gates": gates,
+                "remarks": ["no CUDA graph"],
+                "passed": False,
+            }
+        )
+        assert text.endswith("\n\nno CUDA graph\nFAILED")
         found = cells(text)
         assert found["max |Δlogit|"] == ["0.00031"]
         assert found["as a share of the largest"] == ["2e-05"]
@@ -134,10 +143,9 @@ class TestVerify:
         assert found["KL mean / median / p99"] == ["0.0123 / 0.001 / -"]
         assert found["IPR in layer 2"] == ["0.51 → 0.62"]
         assert found["min_agreement"] == ["0.95", "0.9375", "FAILED"]
-        assert text.endswith("\n\nFAILED")
 
     def test_parts_not_asked_for_are_left_out(self) -> None:
-        text = report.verify_report({"parity": PARITY, "consistency": None, "gates": [], "passed": True})
+        text = report.verify_report({"parity": PARITY, "consistency": None, "gates": [], "remarks": [], "passed": True})
         assert "consistency" not in text
         assert "gate" not in text
         assert text.endswith("\n\npassed")

@@ -14,7 +14,7 @@ from tokprune.runtime.plan import Plan, lvpruning_stages, make_plan, parse_rank,
 
 TRAINING_FREE = ("lofi", "fastv", "random", "uniform")
 RANK = "8"  # the default of tokprune-export
-SINGLES = {0: (64, 16), 1: (64, 32, 16), 2: (64, 16), 4: (16,)}  # keeps of one-stage plans by layer
+SINGLES = {0: (64, 24, 16), 1: (64, 32, 16), 2: (64, 16), 4: (16,)}  # keeps of one-stage plans by layer
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from tokprune.runtime.plan import (
     parse_rank,
     parse_stage,
 )
+from tokprune.runtime.weights import BASES, PRECISIONS
 
 ANY = "any"
 
@@ -59,7 +60,16 @@ if TYPE_CHECKING:
     show_default=True,
     help=f"What it is for. A bundle runs everywhere; {JETSON} means FP16, and says what to do there.",
 )
-@click.option("--precision", type=click.Choice(["fp32", "fp16"]), help=f"[default: fp32, for {JETSON} fp16]")
+@click.option(
+    "--precision",
+    type=click.Choice(PRECISIONS),
+    help=f"int8 and int4: of the decoder layers' matrices only. [default: fp32, for {JETSON} fp16]",
+)
+@click.option(
+    "--base",
+    type=click.Choice(BASES),
+    help=f"int8, int4: precision of all else. [default: fp32, for {JETSON} fp16]",
+)
 @click.option(
     "--split-lm-head",
     "head_pieces",
@@ -91,6 +101,7 @@ def command(
     seed: int | None,
     target: str,
     precision: str | None,
+    base: str | None,
     head_pieces: int | None,
     max_batch_size: int | None,
     max_input_len: int | None,
@@ -127,10 +138,16 @@ def command(
         max_input_length=max_input_len,
         max_kv_capacity=max_kv_cache_capacity,
     )
-    precision = precision or ("fp16" if target == JETSON else "fp32")
+    usual = "fp16" if target == JETSON else "fp32"
+    precision = precision or usual
+    if precision in BASES:
+        if base is not None:
+            raise UserError(f"--base was given for precision '{precision}': it belongs to int8 and int4 only, drop it")
+        base = precision
+    base = base or usual
     out = out or Path(f"{Path(model).name}-{method}")
     check_out(out)
-    total, done = steps(plan, checkpoint.facts.layers), 0
+    total, done = steps(plan, checkpoint.facts.layers, precision), 0
 
     def progress(step: str) -> None:
         nonlocal done
@@ -142,6 +159,7 @@ def command(
         plan,
         out,
         precision=precision,
+        base=base,
         head_pieces=head_pieces or 1,
         progress=progress,
         note=_progress_line,
@@ -158,6 +176,7 @@ def command(
                     "method": plan.method,
                     "stages": [{"layer": stage.layer, "kept": stage.keep} for stage in plan.stages],
                     "precision": precision,
+                    "base": base,
                     "segments": [segment.name for segment in manifest.segments],
                     "size_bytes": size,
                     "seconds": seconds,
@@ -165,9 +184,8 @@ def command(
             )
         )
     else:
-        click.echo(
-            f"{out}: {plan}; {precision}, {len(manifest.segments)} segments, {size / 1e6:.1f} MB, {seconds:.1f} s"
-        )
+        kind = report.precision_text({"precision": precision, "base": base})
+        click.echo(f"{out}: {plan}; {kind}, {len(manifest.segments)} segments, {size / 1e6:.1f} MB, {seconds:.1f} s")
     click.echo(report.memory_verdict(jetson.memory_record(memory.from_manifest(manifest))), err=True)
     if target == JETSON:
         plugins = any(segment.plugin_file for segment in manifest.segments)

@@ -1,17 +1,17 @@
 // Drives a plugin object as TensorRT would: creator, plugin, configuration, serialised fields, runtime plugin, context,
 // and on a GPU its own enqueue. Needs no TensorRT library. For `make plugin-check` and `make gpu-check`.
 //
-//   tokprune_plugins_harness fields CASE    prints the fields that a plugin made from its own fields has; needs no GPU
-//   tokprune_plugins_harness run CASE       runs it
+//   tokprune_plugins_harness fields CASE…   prints the fields that a plugin made from its own fields has; needs no GPU
+//   tokprune_plugins_harness run CASE…      runs one after the other
 //
-// CASE is a text file, paths in it relative to the working directory:
+// A CASE is a text file, paths in it relative to the working directory:
 //   op LeverageTopK
 //   int k 64                       an attribute, also `float`
 //   input half x.bin 1 576 4096    type, file of raw values, shape; also float, bf16, bool
 //   out kept.bin scores.bin        where kept_indices (int64) and scores (float) go
 //
-// Outputs are poisoned before each run. `run` prints one line of JSON. Exits 1, with a sentence, if a call fails, two
-// runs differ by a bit, or a CUDA graph of the run does.
+// Outputs are poisoned before each run. `run` prints one line of JSON a case. Exits 1, with a sentence, at the first case
+// in which a call fails, two runs differ by a bit, or a CUDA graph of the run does.
 #include <NvInferRuntime.h>
 #include <cuda_runtime_api.h>
 
@@ -286,9 +286,11 @@ void drive(Case const& given) {
 
 int main(int argc, char** argv) {
     try {
-        std::string const verb = argc == 3 ? argv[1] : "";
-        require(verb == "fields" || verb == "run", "give fields or run, and a file that describes a case");
-        (verb == "run" ? drive : printFields)(readCase(argv[2]));
+        std::string const verb = argc >= 3 ? argv[1] : "";
+        require(verb == "fields" || verb == "run", "give fields or run, and files that describe a case each");
+        for (int i = 2; i < argc; ++i) {
+            (verb == "run" ? drive : printFields)(readCase(argv[i]));
+        }
     } catch (std::exception const& error) {
         std::fprintf(stderr, "harness: %s\n", error.what());
         return 1;

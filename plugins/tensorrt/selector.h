@@ -115,6 +115,12 @@ public:
                             nvinfer1::DynamicPluginTensorDesc const*, int32_t nbOutputs) noexcept override {
         return guarded(Op::kName, 1, [&] {
             checkCounts(nbInputs, nbOutputs);
+            for (int32_t axis = 1; axis < in[0].max.nbDims; ++axis) {  // fewer rows may need more scratch, not less
+                if (in[0].min.d[axis] != in[0].max.d[axis]) {
+                    throw std::invalid_argument("axis " + std::to_string(axis) + " of input 0 is open, and only axis 0 "
+                                                "may be");
+                }
+            }
             scratch(largest(in));
             return 0;
         });

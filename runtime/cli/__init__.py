@@ -21,6 +21,7 @@ VERBS = {  # verb: (module with ``command``, help in the list of verbs)
         "tokprune.export.cli.export",
         "Export a checkpoint to a bundle, split where tokens are pruned.",
     ),
+    "quantize": ("tokprune.export.cli.quantize", "Round a bundle's decoder matrices to INT8 or INT4."),
     "train": ("tokprune.export.cli.train", "Train LVPruning's modules, which choose tokens by the question."),
     "build": ("tokprune.runtime.cli.build", "Build a bundle's TensorRT engines, on the machine that will run them."),
     "build-plugins": ("tokprune.plugins.cli.build_plugins", "Build the TensorRT plugins that choose tokens."),
@@ -94,7 +95,7 @@ def _run(verb: str | None) -> None:
             raise
         code = _fail(_what_to_install(error))
     except KeyboardInterrupt:
-        click.echo("Interrupted: nothing was left behind.", err=True)
+        click.echo("Interrupted: nothing unfinished was left behind.", err=True)
         code = 130
     except BrokenPipeError:
         code = 141  # the reader went away, which is no fault; as the shell says it

@@ -9,6 +9,7 @@ import click
 
 from tokprune.runtime import jetson, memory, report
 from tokprune.runtime.cli.models import asked_plan, model_and_plan_options, read_bundle, read_model
+from tokprune.runtime.limits import make_limits
 from tokprune.runtime.plan import Plan
 from tokprune.runtime.weights import PRECISIONS
 
@@ -21,6 +22,12 @@ from tokprune.runtime.weights import PRECISIONS
 @click.option("--new-tokens", default=memory.NEW_TOKENS, show_default=True, help="Tokens of the answer.")
 @click.option("--images", default=1, show_default=True, help="Images in each prompt.")
 @click.option("--batch", default=1, show_default=True, help="Prompts at once.")
+@click.option(
+    "--max-kv-cache-capacity",
+    "capacity",
+    type=int,
+    help="Tokens that TensorRT's KV caches are made for. [default: the bundle's, or the model's context]",
+)
 @click.option("--precision", type=click.Choice(PRECISIONS), help="[default: the bundle's, or fp16]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
@@ -29,6 +36,7 @@ def command(
     new_tokens: int,
     images: int,
     batch: int,
+    capacity: int | None,
     precision: str | None,
     as_json: bool,
     **asked: Any,
@@ -41,12 +49,14 @@ def command(
     facts = read_model(model) if manifest is None else manifest.model
     plan = asked_plan(facts, **asked)
     work = memory.Work(text_tokens, new_tokens, images, batch)
-    if manifest is not None and plan is None and precision in (None, manifest.precision):
-        found = memory.from_manifest(manifest, work)
-    else:
-        if plan is None:
-            plan = Plan("none") if manifest is None else manifest.plan
-        precision = precision or ("fp16" if manifest is None else manifest.precision)
-        found = memory.memory_plan(facts, plan, precision, work)
+    weights = base = None
+    if manifest is not None:
+        if plan is None and precision in (None, manifest.precision):
+            weights = manifest.memory
+        plan, precision = plan or manifest.plan, precision or manifest.precision
+        base = manifest.base if precision == manifest.precision else None
+        capacity = manifest.limits.max_kv_capacity if capacity is None else capacity
+    capacity = make_limits(facts.context, max_kv_capacity=capacity).max_kv_capacity
+    found = memory.memory_plan(facts, plan or Plan("none"), precision or "fp16", work, weights, capacity, base)
     result = jetson.memory_record(found)
     click.echo(json.dumps(result) if as_json else report.memory_report(result))

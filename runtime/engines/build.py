@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,7 +29,7 @@ from tokprune.runtime.weights import PRECISIONS
 PLUGIN, NATIVE = "plugin", "native"
 SELECTORS = (PLUGIN, NATIVE)
 TIMING_CACHE = "timing.cache"
-_BUILDING = ".building"  # what is being written; a killed build leaves it, the next removes it
+_BUILDING = ".building-"  # directories with what is being written; a killed build leaves one, the next removes it
 
 Progress = Callable[[str, str, int, int], None]  # segment, TensorRT's phase, its steps done, its steps
 
@@ -73,8 +74,7 @@ def build(
     folder = slot.slot_folder(bundle.path, target.slot)
     plugin_hash = None if plugins is None else sha256(plugins)
     begin = time.perf_counter()
-    with _locked(folder):
-        shutil.rmtree(folder / _BUILDING, ignore_errors=True)
+    with _locked(folder), _scratch(folder) as building:
         made: dict[str, SegmentEngine] = {}
         missing = []
         for segment in bundle.manifest.segments:
@@ -94,7 +94,9 @@ def build(
         else:
             _copy(plugins, folder / slot.PLUGIN_LIBRARY)
         for segment, key in missing:
-            made[segment.name] = _build_segment(bundle, segment, key, folder, target, selector, plugins, progress)
+            made[segment.name] = _build_segment(
+                bundle, segment, key, folder, building, target, selector, plugins, progress
+            )
             finished(made[segment.name], True)
         result = Slot(
             slot.SCHEMA,
@@ -140,14 +142,13 @@ def _build_segment(
     segment: SegmentFacts,
     key: str,
     folder: Path,
+    building: Path,
     target: Target,
     selector: str,
     plugins: Path | None,
     progress: Progress,
 ) -> SegmentEngine:
     name, graph = segment.name, bundle.file(_graph(segment, selector))
-    building = folder / _BUILDING
-    building.mkdir()
     profiles = segment_profiles(bundle.manifest, segment)
     files = {kind: building / f"{name}.{kind}" for kind in ("engine", "log", "layers.json")}
     (folder / f"{name}.json").unlink(missing_ok=True)
@@ -162,7 +163,6 @@ def _build_segment(
     )
     if report.refusals:
         os.replace(files["log"], folder / f"{name}.log")
-        shutil.rmtree(building)
         raise UserError(_sentence(graph, report.refusals[0], folder / f"{name}.log"))
     engine = SegmentEngine(
         name,
@@ -176,7 +176,6 @@ def _build_segment(
     )
     for file in files.values():
         os.replace(file, folder / file.name)
-    building.rmdir()
     slot.write_json(folder / f"{name}.json", engine)
     return engine
 
@@ -235,6 +234,18 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(file)
+
+
+@contextlib.contextmanager
+def _scratch(folder: Path) -> Iterator[Path]:
+    """A directory in ``folder``, locked, that ends with the block.
+
+    Each has a name of its own, since a child that outlives its killed parent goes on writing into the old one's.
+    """
+    for left in folder.glob(f"{_BUILDING}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=_BUILDING, dir=folder) as path:
+        yield Path(path)
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -7,6 +7,7 @@ shapes; knows no bundle, and runs no engine. TensorRT-RTX needs no GPU for any o
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -169,7 +170,7 @@ def _wait(job: Mapping[str, Any], folder: str, library_path: str, progress: Prog
         os.close(theirs)
         try:
             assert child.stdin is not None  # a pipe was asked for
-            with child.stdin as stdin:
+            with contextlib.suppress(BrokenPipeError), child.stdin as stdin:  # how the child ended is told below
                 stdin.write(json.dumps(job))
             for line in told:  # until the child ends
                 progress(*json.loads(line))

@@ -62,7 +62,10 @@ def find_gpu() -> Gpu:
     """The first GPU; CUDA takes some of its memory for this process. Raises UserError saying why there is none."""
     runtime, capability = _runtime_with_gpu(), find_capability()
     free, total = ctypes.c_size_t(), ctypes.c_size_t()
-    runtime.check(runtime.handle.cudaMemGetInfo(ctypes.byref(free), ctypes.byref(total)))
+    status = runtime.handle.cudaMemGetInfo(ctypes.byref(free), ctypes.byref(total))
+    if status:  # the first call that takes memory: of a GPU that is full, or another process's alone
+        what = f"error {status}{', no memory' if status == OUT_OF_MEMORY else ''}"
+        raise UserError(f"a GPU was asked for, and CUDA cannot start on it ({what}): close what else uses it")
     clock = _jetson_clock_ghz() or _attribute(runtime, _CLOCK_KHZ) / 1e6
     return Gpu(capability, _attribute(runtime, _PROCESSORS), clock, free.value)
 
@@ -162,6 +165,7 @@ class Memory:
         array = np.ascontiguousarray(array)
         tensor = self.empty(array.shape, array.dtype)
         self._copy(tensor.address, array.ctypes.data, array.nbytes, _TO_DEVICE)
+        self.stream.synchronize()  # CUDA does not promise to have read pageable memory when the call returns
         return tensor
 
     def download(self, tensor: DeviceTensor) -> np.ndarray:

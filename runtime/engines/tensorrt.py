@@ -1,7 +1,8 @@
 """Engines behind the runtime's sessions, on TensorRT or TensorRT-RTX: tensors stay on the GPU from segment to segment.
 
-KV caches: a decoder writes its cache whole into other memory than it reads it from, each made for the bundle's full
-capacity. What it has read is free for the next decoder, so that there are as many as caches, and one decoder's more.
+KV caches: a decoder writes its cache whole into other memory than it reads it from, each made for all rows that its
+sequence may come to have there: the bundle's capacity, less what was pruned in front of it. What it has read is free
+for the next decoder, so that there are as many as caches, and one decoder's more.
 
 A decode step is not captured in a CUDA graph. A graph replays fixed addresses and shapes, while a cache that grows by
 concatenation has another shape in each step. With caches at full capacity, the unused part masked, shapes would stay,
@@ -85,12 +86,11 @@ def open_tensorrt(bundle: Bundle, found: Found) -> TensorRt:
 
 def _planned(bundle: Bundle) -> str:
     """What errors say of the memory that was to be expected, for one sequence."""
-    plan, capacity = memory.from_manifest(bundle.manifest), bundle.manifest.limits.max_kv_capacity
-    caches = capacity * sum(memory.kv_bytes_per_token(plan.facts, plan.plan, plan.precision).values())
+    plan = memory.from_manifest(bundle.manifest)
     return (
         f" (planned: {plan.weights_bytes / 1e6:.0f} MB of weights, {max(plan.activations.values()) / 1e6:.0f} MB of "
         f"activations for {plan.work.text_tokens} text tokens and {plan.work.images} image, and for each prompt of a "
-        f"batch {caches / 1e6:.0f} MB of caches for {capacity} tokens, some of it twice)"
+        f"batch {plan.tensorrt_cache_bytes / 1e6:.0f} MB of caches for {plan.capacity} tokens)"
     )
 
 
@@ -124,8 +124,7 @@ class TensorRt:
         found = [loaded.get_tensor_name(index) for index in range(loaded.num_io_tensors)]
         if set(found) != {tensor.name for tensor in (*segment.inputs, *segment.outputs)}:
             raise UserError(f"{path} is the engine of another graph than {segment.file}: build it again")
-        capacity = bundle.manifest.limits.max_kv_capacity
-        return _Session(self._trt, self._memory, self._logger, loaded, context, engine, segment, capacity)
+        return _Session(self._memory, self._logger, loaded, context, engine, segment)
 
     def to_device(self, array: np.ndarray) -> DeviceTensor:
         return self._memory.upload(array)
@@ -148,23 +147,14 @@ class _Session:
     """One engine and its context. Its own memory is what all contexts share: they take turns."""
 
     def __init__(
-        self,
-        trt: Any,
-        memory: Memory,
-        logger: Any,
-        engine: Any,
-        context: Any,
-        facts: SegmentEngine,
-        segment: SegmentFacts,
-        capacity: int,
+        self, memory: Memory, logger: Any, engine: Any, context: Any, facts: SegmentEngine, segment: SegmentFacts
     ) -> None:
         self._memory, self._logger, self._engine, self._context = memory, logger, engine, context
-        self._facts, self._capacity = facts, capacity
+        self._facts = facts
         self._outputs = {tensor.name: np.dtype(tensor.dtype) for tensor in segment.outputs}
-        self._bytes = versions.context_bytes(engine)
         self._profile: int | None = None
 
-    def run(self, feeds: Mapping[str, DeviceTensor], outputs: Sequence[str]) -> dict[str, DeviceTensor]:
+    def run(self, feeds: Mapping[str, DeviceTensor], outputs: Sequence[str], spare: int = 0) -> dict[str, DeviceTensor]:
         context, stream = self._context, self._memory.stream
         self._choose_profile(feeds)
         for name, tensor in feeds.items():
@@ -172,20 +162,20 @@ class _Session:
             self._check(context.set_tensor_address(name, tensor.address), f"an address for {name}")
         given = {}
         for name, dtype in self._outputs.items():
-            given[name] = self._empty(name, tuple(context.get_tensor_shape(name)), dtype)
+            given[name] = self._empty(name, tuple(context.get_tensor_shape(name)), dtype, spare)
             self._check(context.set_tensor_address(name, given[name].address), f"an address for {name}")
-        scratch = self._memory.scratch(self._bytes)
+        scratch = self._memory.scratch(versions.context_bytes(context))
         context.set_device_memory(scratch.ptr, scratch.allocated_nbytes)
         self._check(context.execute_async_v3(stream.ptr), "to run")
         stream.synchronize()  # its time is its own, and so are its errors
         return {name: given[name] for name in outputs}
 
-    def _empty(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> DeviceTensor:
-        """Memory for an output; a cache's is for the full capacity, so that its next step finds some of its size."""
+    def _empty(self, name: str, shape: tuple[int, ...], dtype: np.dtype, spare: int) -> DeviceTensor:
+        """Memory for an output; a cache's is for all rows to come, so that its next step finds some of its size."""
         if not name.startswith("present."):
             return self._memory.empty(shape, dtype)
         batch, heads, rows, width = shape
-        return self._memory.empty(shape, dtype, batch * heads * max(rows, self._capacity) * width * dtype.itemsize)
+        return self._memory.empty(shape, dtype, batch * heads * (rows + spare) * width * dtype.itemsize)
 
     def _choose_profile(self, feeds: Mapping[str, DeviceTensor]) -> None:
         """Decode's if the call is one row behind a cache. Raises UserError if no profile takes the shapes."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tokprune.runtime.bundle import sha256
 from tokprune.runtime.errors import UserError
 
 
@@ -38,6 +39,8 @@ LIBRARIES = {library.name: library for library in (TENSORRT, RTX)}
 # later (its documentation, "CPU-only AOT"); not 7.5, which wants an engine of its own, nor 8.7 and 9.0.
 RTX_ARCH = "cc-any"
 RTX_CAPABILITIES = ((8, 0), (8, 6), (8, 9), (12, 0), (12, 1))
+
+_registered: dict[str, str] = {}  # by module: SHA-256 of the library of plugins in its registry
 
 
 def load(library: Library) -> Any:
@@ -82,11 +85,23 @@ def create_config(trt: Any, library: Library, profiles: list[Any], monitor: Any,
 
 
 def load_plugins(trt: Any, library: Path) -> None:
-    """Register the plugins of ``library`` through its ``getCreators``. Raises UserError if TensorRT will not."""
-    if trt.get_plugin_registry().load_library(str(library)) is None:
+    """Register the plugins of ``library`` through its ``getCreators``.
+
+    A registry is its process's, and takes no operator twice: the same library again, from anywhere, is there already.
+    Raises UserError if another one is, or if TensorRT will not.
+    """
+    digest = sha256(library)
+    there = _registered.get(trt.__name__)
+    if there not in (None, digest):
+        raise UserError(
+            f"{library} is another library of plugins than the one that this process has loaded: run bundles whose "
+            "engines differ in it in a process each, or build both with the same one"
+        )
+    if there is None and trt.get_plugin_registry().load_library(str(library)) is None:
         raise UserError(
             f"{library} cannot be loaded as a library of plugins: build it for this machine with tokprune build-plugins"
         )
+    _registered[trt.__name__] = digest
 
 
 def create_context(trt: Any, engine: Any) -> Any:
@@ -94,10 +109,9 @@ def create_context(trt: Any, engine: Any) -> Any:
     return engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
 
 
-def context_bytes(engine: Any) -> int:
-    """Memory that a context of ``engine`` needs in its greediest profile."""
-    profiles = range(engine.num_optimization_profiles)
-    return max(engine.get_device_memory_size_for_profile_v2(profile) for profile in profiles)
+def context_bytes(context: Any) -> int:
+    """Memory that ``context`` needs for the shapes that were set: a profile's own figure is of its greatest ones."""
+    return context.update_device_memory_size_for_shapes()
 
 
 def layer_report(trt: Any, engine: Any) -> str:
