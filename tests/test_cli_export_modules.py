@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ from test_cli_bad_input import Result, call, edit_manifest  # noqa: F401  (call 
 
 from tokprune.export import demo
 from tokprune.export.checkpoint import find_checkpoint
+from tokprune.export.cli.export import _modules
 from tokprune.export.lvpruning.modules import check_fits, load_modules, save_modules
 from tokprune.runtime.bundle import open_bundle
+from tokprune.runtime.errors import UserError
 from tokprune.runtime.plan import Stage, lvpruning_stages
 
 
@@ -68,7 +71,7 @@ def test_no_modules(export):
 def test_demo_has_modules_of_its_own(call, monkeypatch, tmp_path):  # noqa: F811
     """They are found without --modules, and only by the demo model: these here are of a wrong size, and refused."""
     save_modules(tmp_path / "modules", random_modules(8, 3, 16, (Stage(1, 4),), MODULE))
-    monkeypatch.setattr(demo, "modules_dir", lambda: tmp_path / "modules")
+    monkeypatch.setattr(demo, "modules_dir", lambda name: tmp_path / "modules")
     call("export", "--method", "lvpruning", "--out", "bundle").refused("hidden size is 8", "demo")
 
 
@@ -149,3 +152,15 @@ def test_a_bundle_answers(call, tiny_bundle, tmp_path):  # noqa: F811
     )
     stages = json.loads(result.out)["pruning"]["stages"]
     assert [(stage["layer"], stage["kept"], stage["total"]) for stage in stages] == [(1, 9, 16), (2, 4, 9)]
+
+
+def test_sets_that_ship_with_the_demo_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    facts = find_checkpoint("demo").facts
+    for path, stages in ((None, 3), (Path("default"), 3), (Path("early"), 1)):
+        assert len(_modules(facts, "demo", path).stages) == stages
+    Path("early").mkdir()  # one's own comes first
+    with pytest.raises(UserError, match="early"):
+        _modules(facts, "demo", Path("early"))
+    with pytest.raises(UserError, match="late"):
+        _modules(facts, "demo", Path("late"))

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     "--modules",
     "modules_dir",
     type=click.Path(path_type=Path),
-    help="lvpruning: what 'tokprune train' wrote; its stages are the default. [default for demo: shipped]",
+    help="lvpruning: what 'tokprune train' wrote; its stages are the default. For demo also 'default' and 'early'.",
 )
 @click.option("--seed", type=click.IntRange(min=0), help="random: seed of the draw. [default: 0]")
 @click.option(
@@ -221,13 +221,13 @@ def _plan(
 
 
 def _modules(facts: ModelFacts, model: str, path: Path | None) -> Modules:
-    """The modules at ``path``, or for the demo model those that ship with it, if they fit the model."""
+    """The modules at ``path``, or for the demo model a set that ships with it, by name, if they fit the model."""
     from tokprune.export import demo
     from tokprune.export.checkpoint import DEMO
     from tokprune.export.lvpruning.modules import check_fits, load_modules
 
-    if path is None and model == DEMO:
-        path = demo.modules_dir()
+    if model == DEMO and (path is None or (str(path) in demo.MODULES and not path.exists())):
+        path = demo.modules_dir(str(path or demo.MODULES[0]))
     if path is None:
         raise UserError(
             "method 'lvpruning' needs modules trained for the model, and --modules was not given: "

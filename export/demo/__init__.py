@@ -15,7 +15,7 @@ def checkpoint_dir() -> Path:
     return Path(__file__).resolve().parent / "checkpoint"
 
 
-MODULES = ("default", "early")  # lvpruning's: for the default stages; for few tokens from the first layer on
+MODULES = ("default", "early")  # lvpruning's: for the default stages; for 24 tokens from the first layer on, guided
 
 
 def modules_dir(name: str = "default") -> Path:
