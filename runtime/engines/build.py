@@ -37,6 +37,7 @@ Progress = Callable[[str, str, int, int], None]  # segment, TensorRT's phase, it
 def choose_selector(bundle: Bundle, target: Target, selector: str | None, plugins: Path | None) -> str:
     """``selector``, or what suits ``target`` if None. Raises UserError if the plugin is wanted and cannot be had."""
     has_graph = any(segment.plugin_file for segment in bundle.manifest.segments)
+    whose = f", the choice for {target.name}," if selector is None else ""
     if selector is None:
         native = not has_graph or (target.name == RTX_CARDS and plugins is None)
         selector = NATIVE if native else PLUGIN
@@ -47,7 +48,7 @@ def choose_selector(bundle: Bundle, target: Target, selector: str | None, plugin
         raise UserError(f"--selector {PLUGIN} was given, and method '{method}' needs none: give --selector {NATIVE}")
     if selector == PLUGIN and plugins is None:
         raise UserError(
-            f"--selector {PLUGIN}, the choice for {target.name}, needs the library of plugins: give it with --plugins, "
+            f"--selector {PLUGIN}{whose} needs the library of plugins: give it with --plugins, "
             f"tokprune build-plugins makes it; or give --selector {NATIVE}"
         )
     if plugins is not None and not plugins.is_file():
