@@ -409,7 +409,7 @@ BUNDLES = {
     "longer": (truncate("model.safetensors", 10_000_000), ["model.safetensors", "10000000 bytes"]),
     "altered": (flip_a_byte("model.safetensors"), ["model.safetensors", "altered"]),
     "altered graph": (flip_a_byte("decoder_1.onnx"), ["decoder_1.onnx", "altered"]),
-    "schema 2": (edit_manifest(lambda data: data.update(schema=2)), ["schema version 2", "version 4"]),
+    "schema 2": (edit_manifest(lambda data: data.update(schema=2)), ["schema version 2", "version 5"]),
     "schema true": (edit_manifest(lambda data: data.update(schema=True)), ["schema version True"]),
     "no schema": (edit_manifest(lambda data: data.pop("schema")), ["schema version None"]),
     "manifest cut": (truncate("tokprune.json", 1000), ["not valid JSON"]),

@@ -67,6 +67,7 @@ class TestEmulation:
         assert with_shared((99 << 10) + 4, True) != 0
 
 
+@pytest.mark.slow
 def test_sanitizers_find_nothing(tmp_path):
     sources = [*host.KERNELS, *host.EMULATION, host.HERE / "sanitized.cpp"]
     checks = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1")
