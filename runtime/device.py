@@ -47,8 +47,7 @@ class Machine:
 
 def find_machine(root: Path = ROOT) -> Machine:
     """This machine; ``root`` is where its files begin."""
-    found = re.findall(r"^(\w+):\s+(\d+) kB$", _read(root / "proc/meminfo"), re.MULTILINE)
-    memory = {name: 1024 * int(value) for name, value in found}
+    memory = memory_facts(root)
     return Machine(
         python_abi=sysconfig.get_config_var("SOABI") or "unknown",
         memory=memory.get("MemTotal"),
@@ -57,6 +56,12 @@ def find_machine(root: Path = ROOT) -> Machine:
         cma_free=memory.get("CmaFree"),
         jetson=_jetson(root),
     )
+
+
+def memory_facts(root: Path = ROOT) -> dict[str, int]:
+    """Linux's account of memory in bytes, by its own names; on a Jetson it is the GPU's too."""
+    found = re.findall(r"^(\w+):\s+(\d+) kB$", _read(root / "proc/meminfo"), re.MULTILINE)
+    return {name: 1024 * int(value) for name, value in found}
 
 
 def _jetson(root: Path) -> Jetson | None:

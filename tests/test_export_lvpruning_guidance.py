@@ -81,6 +81,13 @@ def test_shares_are_sought_once(checkpoint, data, base, modules, monkeypatch):  
     assert [tuple(logits.shape) for logits in scored] == [(2, 16, 2)] * 2
 
 
+@torch.no_grad()
+def test_a_prompt_that_is_there_twice_is_kept_once(checkpoint, data, base, modules):  # noqa: F811
+    _, shares = base.guided(batch_of(checkpoint, sequences_of(checkpoint, data, 3, 3)), modules)
+    assert base._shares._bytes == shares[:, 0].nbytes
+    assert sum(kept.untyped_storage().nbytes() for kept in base._shares._kept.values()) == base._shares._bytes
+
+
 def test_guidance_is_a_divergence():
     random = torch.Generator().manual_seed(0)
     logits = torch.randn(3, 5, 2, generator=random, requires_grad=True)

@@ -16,6 +16,7 @@ Outcomes = dict[str, Any]  # what measure.Study.measure gives
 Row = dict[str, Any]
 SAVED = (0.5, 0.6, 0.7, 0.8, 0.9)  # shares of the decoder's FLOPs
 SIGNIFICANT = 0.05
+ONE_DIGIT = ("digit", "color", "exists")  # forms of the demo's questions that name a digit or its colour
 
 
 def report(outcomes: Sequence[Outcomes], timings: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
@@ -82,17 +83,23 @@ def _against(item: Outcomes, uniform: Outcomes) -> dict[str, Any]:
 
 
 def _forms(item: Outcomes) -> dict[str, dict[str, float]]:
+    """By form of question, and of those that name one digit together, where all of them were asked."""
     of, full, pruned, same = np.array(item["form"]), _right(item, "full"), _right(item, "pruned"), _same(item)
-    return {
-        form: {
-            "samples": int((of == form).sum()),
-            "accuracy_full": float(full[of == form].mean()),
-            "accuracy_pruned": float(pruned[of == form].mean()),
-            "accuracy_wilson95": list(metrics.wilson_interval(int(pruned[of == form].sum()), int((of == form).sum()))),
-            "agreement": float(same[of == form].mean()),
+    groups = {form: (form,) for form in dict.fromkeys(item["form"])}
+    if set(ONE_DIGIT) <= set(groups):
+        groups["one digit named"] = ONE_DIGIT
+    found = {}
+    for name, forms in groups.items():
+        asked = np.isin(of, forms)
+        samples, right = int(asked.sum()), int(pruned[asked].sum())
+        found[name] = {
+            "samples": samples,
+            "accuracy_full": float(full[asked].mean()),
+            "accuracy_pruned": float(pruned[asked].mean()),
+            "accuracy_wilson95": list(metrics.wilson_interval(right, samples)),
+            "agreement": float(same[asked].mean()),
         }
-        for form in dict.fromkeys(item["form"])
-    }
+    return found
 
 
 def _right(item: Outcomes, side: str) -> np.ndarray:

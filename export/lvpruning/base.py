@@ -160,9 +160,11 @@ class Base:
         if wanted:
             totals = torch.stack([torch.stack(most[first : first + 2]).sum(0) for first in self._stages])
             found = totals / totals.sum(2, keepdim=True)
-            for key, shares, before in zip(keys, found.unbind(1), known, strict=True):
-                if before is None:
-                    self._shares.put(key, shares)
+            new = {
+                key: shares for key, shares, before in zip(keys, found.unbind(1), known, strict=True) if before is None
+            }
+            for key, shares in new.items():  # a prompt that is in the batch twice is kept once
+                self._shares.put(key, shares.clone())  # not a view, which would hold the batch's
             return scored, found
         return scored, torch.stack([shares for shares in known if shares is not None], 1).to(hidden.device)
 

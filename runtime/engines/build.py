@@ -18,6 +18,7 @@ from typing import Any
 
 from tokprune.runtime import memory
 from tokprune.runtime.bundle import Bundle, sha256
+from tokprune.runtime.device import memory_facts
 from tokprune.runtime.engines import compiler, slot
 from tokprune.runtime.engines.profiles import segment_profiles
 from tokprune.runtime.engines.slot import SegmentEngine, Slot
@@ -212,11 +213,11 @@ def _check_memory(bundle: Bundle, segments: list[str]) -> None:
 
 
 def available_bytes() -> int:
-    """Memory that is free or can be freed, as Linux says; on a Jetson the GPU's too."""
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise UserError("/proc/meminfo does not say what memory is available: give --force to build without asking")
+    """Memory that is free or can be freed. Raises UserError where Linux does not say."""
+    available = memory_facts().get("MemAvailable")
+    if available is None:
+        raise UserError("/proc/meminfo does not say what memory is available: give --force to build without asking")
+    return available
 
 
 @contextlib.contextmanager
