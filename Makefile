@@ -17,9 +17,10 @@ demo: .venv/ready
 	$(BIN)/tokprune run $(OUT)/lofi --image $(OUT)/scenes/images/00000.png \
 		--prompt "How many digits are there?" --prompt "Which digit is highest?" --overlay $(OUT)/kept.png
 
-# what needs NVIDIA's headers or a GPU is left to plugin-check and gpu-check
+# What needs NVIDIA's headers or a GPU is left to plugin-check and gpu-check. Most tests use one core, so files are
+# tested side by side; each process makes the fixtures of a session for itself.
 test: .venv/ready lint
-	$(BIN)/pytest -m "not slow and not plugin and not gpu"
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile -m "not slow and not plugin and not gpu"
 
 test-slow: .venv/ready
 	$(BIN)/pytest -m slow

@@ -3,11 +3,14 @@
 import functools
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import Result, listing
+from PIL import Image
 
 from tokprune.runtime.plan import Module, Plan, Rank, Stage, make_plan
 
@@ -164,3 +167,29 @@ def tiny_bundle(
         return folder / plan
 
     return bundle
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """Runs ``tokprune`` in this process, and sees to it that a failure leaves ``tmp_path`` as it was."""
+    from tokprune.runtime.cli import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def call(*args) -> Result:
+        monkeypatch.setattr(sys, "argv", ["tokprune", *map(str, args)])
+        before = listing(tmp_path)
+        with pytest.raises(SystemExit) as done:
+            main()
+        if done.value.code != 0:
+            assert listing(tmp_path) == before
+        return Result(done.value.code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "picture.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8)).save(path)
+    return path

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import Result, edit_manifest
 from conftest import MODULE, random_modules
-from test_cli_bad_input import Result, call, edit_manifest  # noqa: F401  (call is a fixture)
 
 from tokprune.export import demo
 from tokprune.export.checkpoint import find_checkpoint
@@ -19,7 +19,7 @@ from tokprune.runtime.plan import Stage, lvpruning_stages
 
 
 @pytest.fixture
-def export(call, tiny_checkpoint):  # noqa: F811
+def export(call, tiny_checkpoint):
     return lambda *args: call("export", "--model", tiny_checkpoint, "--method", "lvpruning", *args)
 
 
@@ -58,7 +58,7 @@ def test_plan(export, tiny_modules, options, words):
 
 
 @pytest.mark.parametrize("method", ["lofi", "fastv", "none"])
-def test_modules_of_another_method(call, tiny_checkpoint, tiny_modules, method):  # noqa: F811
+def test_modules_of_another_method(call, tiny_checkpoint, tiny_modules, method):
     call("export", "--model", tiny_checkpoint, "--method", method, "--modules", tiny_modules).refused(
         "--modules", f"'{method}'", "lvpruning only"
     )
@@ -68,7 +68,7 @@ def test_no_modules(export):
     export("--out", "bundle").refused("--modules was not given", "'tokprune train'")
 
 
-def test_demo_has_modules_of_its_own(call, monkeypatch, tmp_path):  # noqa: F811
+def test_demo_has_modules_of_its_own(call, monkeypatch, tmp_path):
     """They are found without --modules, and only by the demo model: these here are of a wrong size, and refused."""
     save_modules(tmp_path / "modules", random_modules(8, 3, 16, (Stage(1, 4),), MODULE))
     monkeypatch.setattr(demo, "modules_dir", lambda name: tmp_path / "modules")
@@ -136,14 +136,14 @@ BUNDLES = {
 
 
 @pytest.mark.parametrize("kind", BUNDLES)
-def test_bundle(call, tiny_bundle, tmp_path, kind):  # noqa: F811
+def test_bundle(call, tiny_bundle, tmp_path, kind):
     change, words = BUNDLES[kind]
     shutil.copytree(tiny_bundle("lvpruning"), tmp_path / "bundle")
     change(tmp_path / "bundle")
     call("run", "bundle", "--prompt", "What is this?").refused("bundle", *words)
 
 
-def test_a_bundle_answers(call, tiny_bundle, tmp_path):  # noqa: F811
+def test_a_bundle_answers(call, tiny_bundle, tmp_path):
     from PIL import Image
 
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8)).save(tmp_path / "a.png")

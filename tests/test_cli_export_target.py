@@ -1,7 +1,6 @@
 """``tokprune export --target jetson-orin``: FP16 unless said otherwise, and what to do on the device."""
 
 import pytest
-from test_cli_bad_input import call  # noqa: F401  (a fixture)
 
 from tokprune.runtime.bundle import open_bundle
 
@@ -15,7 +14,7 @@ from tokprune.runtime.bundle import open_bundle
         ("none", [], "fp32", None),
     ],
 )
-def test_target(call, tiny_checkpoint, tmp_path, method, options, precision, words):  # noqa: F811
+def test_target(call, tiny_checkpoint, tmp_path, method, options, precision, words):
     rest = ["--rank", "4", "--layer", "1", "--keep", "4"] if method == "lofi" else []
     result = call("export", "--model", tiny_checkpoint, "--method", method, "--out", "bundle", *rest, *options)
     assert result.code == 0, result

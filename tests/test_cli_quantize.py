@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from conftest import LAYERS
-from test_cli_bad_input import call  # noqa: F401  (a fixture)
 
 from tokprune.calibration.recipe import read_recipe
 from tokprune.export.quantize import quantize
@@ -17,7 +16,7 @@ from tokprune.runtime.bundle import open_bundle
 
 
 class TestCommand:
-    def test_report_and_json(self, call, tiny_bundle, tmp_path: Path) -> None:  # noqa: F811
+    def test_report_and_json(self, call, tiny_bundle, tmp_path: Path) -> None:
         source = tiny_bundle("lofi")
         result = call("quantize", source, "--precision", "int8", "--out", "table")
         assert result.code == 0
@@ -38,15 +37,15 @@ class TestCommand:
             (["BUNDLE", "--precision", "int4", "--out", "BUNDLE"], ["is the bundle itself"]),
         ],
     )
-    def test_mistakes(self, call, tiny_bundle, args: list[str], words: list[str]) -> None:  # noqa: F811
+    def test_mistakes(self, call, tiny_bundle, args: list[str], words: list[str]) -> None:
         source = str(tiny_bundle("random"))
         call("quantize", *[source if arg == "BUNDLE" else arg for arg in args]).refused(*words)
 
-    def test_quantized_bundle(self, call, tiny_bundle, tmp_path: Path) -> None:  # noqa: F811
+    def test_quantized_bundle(self, call, tiny_bundle, tmp_path: Path) -> None:
         quantize(open_bundle(tiny_bundle("none")), tmp_path / "int4", "int4")
         call("quantize", "int4", "--precision", "int8", "--out", "out").refused("is in int4 already")
 
-    def test_base_without_integers(self, call, tiny_checkpoint) -> None:  # noqa: F811
+    def test_base_without_integers(self, call, tiny_checkpoint) -> None:
         options = ("--method", "none", "--precision", "fp16", "--base", "fp32", "--out", "out")
         call("export", "--model", tiny_checkpoint, *options).refused("--base", "drop it")
 

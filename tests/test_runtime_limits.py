@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from test_cli_bad_input import call, picture  # noqa: F401  (fixtures)
 
 from tokprune.runtime.bundle import read_manifest
 from tokprune.runtime.errors import UserError
@@ -39,12 +38,12 @@ def test_contradictions(given, words):
 
 
 @pytest.fixture
-def export(call, tiny_checkpoint):  # noqa: F811
+def export(call, tiny_checkpoint):
     options = ["--method", "random", "--layer", "1", "--keep", "5", "--out", "bundle"]
     return lambda *more: call("export", "--model", tiny_checkpoint, *options, *more)
 
 
-def test_an_export_has_what_was_asked_for_and_run_holds_to_it(call, export, picture, tmp_path):  # noqa: F811
+def test_an_export_has_what_was_asked_for_and_run_holds_to_it(call, export, picture, tmp_path):
     done = export("--max-batch-size", 2, "--max-input-len", 40, "--max-kv-cache-capacity", 50)
     assert done.code == 0, done
     assert read_manifest(tmp_path / "bundle").limits == Limits(2, 40, 50)
@@ -70,7 +69,7 @@ def test_an_export_refuses(export, options, words):
     export(*options).refused(*words)
 
 
-def test_several_images_in_a_prompt(call, tiny_bundle, picture, tmp_path):  # noqa: F811
+def test_several_images_in_a_prompt(call, tiny_bundle, picture, tmp_path):
     """All are the first prompt's: each is pruned, and has a picture of its own."""
     images = ["--image", picture, "--image", picture]
     result = call(
