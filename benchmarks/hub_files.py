@@ -65,6 +65,8 @@ class Size:
 SIZES = {
     "7b": Size(hidden=4096, intermediate=11008, layers=32, heads=32),
     "13b": Size(hidden=5120, intermediate=13824, layers=40, heads=40),
+    # CLIP-L/14-336 whole, and a decoder small enough for FP32 on a CPU: what peers.py measures
+    "reference": Size(hidden=1024, intermediate=2816, layers=16, heads=16),
 }
 
 

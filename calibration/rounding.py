@@ -39,7 +39,11 @@ class Rounded:
 
 
 def round_matrix(
-    pieces: Iterable[NDArray[np.floating]], shape: tuple[int, int], precision: str, block: int, scale_type: str
+    pieces: Iterable[NDArray[np.floating]],
+    shape: tuple[int, int],
+    precision: str,
+    block: int,
+    scale_type: str,
 ) -> Rounded:
     """Round a matrix of ``shape`` [out, in] that comes in ``pieces`` of whole rows, in any floating-point type.
 

@@ -60,7 +60,7 @@ def check_out(out: Path) -> None:
 
 def _own(out: Path) -> set[str]:
     """What at the top of the bundle ``out`` belongs to it, by its manifest: of any version, so read leniently."""
-    own = {names.MANIFEST_FILE, "plugins", "engines"}
+    own = {names.MANIFEST_FILE, "plugins", "engines", "calibration"}
     try:
         data = json.loads((out / names.MANIFEST_FILE).read_text(encoding="utf-8"))
         return own | {file["path"].partition("/")[0] for file in data["files"]}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import onnx
@@ -13,11 +13,13 @@ import onnx_ir as ir
 import torch
 import transformers
 
+from tokprune.calibration.recipe import usual_choices
+from tokprune.calibration.scheme import Scheme
 from tokprune.export.bundle import describe_files, staged
 from tokprune.export.checkpoint import Checkpoint, load_processor
 from tokprune.export.lvpruning.modules import Modules, write_modules
 from tokprune.export.memory import bundle_weights
-from tokprune.export.quantize import write_quantized
+from tokprune.export.quantize import find_matrices, write_quantized
 from tokprune.export.selector import save_selector
 from tokprune.export.skeleton import expected_shapes, is_tied, skeleton
 from tokprune.export.store import Store
@@ -28,10 +30,11 @@ from tokprune.runtime import names
 from tokprune.runtime.bundle import Bundle, sha256
 from tokprune.runtime.contract import FLOAT_TYPES
 from tokprune.runtime.limits import make_limits
-from tokprune.runtime.manifest import SCHEMA, Limits, Manifest, SegmentFacts
+from tokprune.runtime.manifest import SCHEMA, Limits, Manifest, ModelFacts, SegmentFacts
 from tokprune.runtime.plan import Plan
+from tokprune.runtime.recipe import Choice, chosen_groups
 from tokprune.runtime.version import __version__
-from tokprune.runtime.weights import BASES, default_base
+from tokprune.runtime.weights import BASES, HEAD, default_base, matrix_names
 
 TYPES = {"fp32": torch.float32, "fp16": torch.float16}
 _BASE = "base"  # where an export to INT8 or INT4 has the bundle that it is made from, for a while
@@ -45,12 +48,15 @@ def export(
     *,
     precision: str = "fp32",
     base: str | None = None,
+    head: str | None = None,
     head_pieces: int = 1,
     progress: Callable[[str], None] = lambda step: None,
     note: Callable[[str], None] = lambda text: None,
     graphs: Graphs | None = None,
     modules: Modules | None = None,
     limits: Limits | None = None,
+    form: Choice | None = None,
+    scheme: Callable[[Bundle, Mapping[str, Choice]], Scheme | None] = lambda base, choices: None,
 ) -> Manifest:
     """Write the bundle of ``checkpoint`` under ``plan`` to ``out``; ``progress`` hears each step's name.
 
@@ -58,7 +64,8 @@ def export(
     not at all. ``graphs`` may be shared by exports under several plans: what one has traced, the next need not.
     ``modules`` belong to plans of lvpruning, which may keep other numbers of tokens than those in training. ``limits``
     are those of `make_limits` if not given. INT8 and INT4 are made from the bundle in ``base``, by default FP16, as
-    `quantize` makes them. Raises UserError for a checkpoint or an ``out`` at fault.
+    `quantize` makes them, and of the head what ``head`` says; other matrices as ``form`` says, for which ``scheme`` is
+    made from that bundle. Raises UserError for a checkpoint or an ``out`` at fault.
     """
     _check_modules(plan, modules)
     base = base or default_base(precision)
@@ -102,7 +109,9 @@ def export(
         )
         (room / names.MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
         if room != stage:
-            manifest, _ = write_quantized(Bundle(room, manifest), stage, precision, progress)
+            whole = Bundle(room, manifest)
+            choices = usual_choices(list(find_matrices(whole)), precision, head, form)
+            manifest, _ = write_quantized(whole, stage, precision, choices, scheme(whole, choices), progress)
             shutil.rmtree(room)
     return manifest
 
@@ -114,9 +123,12 @@ def _check_modules(plan: Plan, modules: Modules | None) -> None:
         raise ValueError(f"the plan needs modules of {wanted}, given were {given}")
 
 
-def steps(plan: Plan, layers: int, precision: str) -> int:
+def steps(plan: Plan, facts: ModelFacts, precision: str, head: str | None = None, form: Choice | None = None) -> int:
     """How many steps ``export`` reports to ``progress``."""
-    return 2 + 2 + len(plan.stages) + len(list(plan.segments(layers))) + (0 if precision in BASES else layers)
+    groups = 0
+    if precision not in BASES:
+        groups = len(chosen_groups(usual_choices([*matrix_names(facts), HEAD], precision, head, form)))
+    return 2 + 2 + len(plan.stages) + len(list(plan.segments(facts.layers))) + groups
 
 
 def _segments(

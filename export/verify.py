@@ -8,6 +8,7 @@ distributions forced on the original's tokens.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,10 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from tokprune.calibration.recipe import read_recipe
 from tokprune.export.checkpoint import Checkpoint, load_model, load_processor
 from tokprune.export.lvpruning.modules import load_modules
-from tokprune.export.restore import bundle_matrices, with_matrices
+from tokprune.export.restore import rounded_twin
 from tokprune.export.sides import Engine, Greedy, Original
 from tokprune.runtime import flops, metrics, verification
 from tokprune.runtime.chat import Model
@@ -27,6 +27,7 @@ from tokprune.runtime.errors import UserError
 from tokprune.runtime.limits import check_batch
 from tokprune.runtime.pipeline import Pruned
 from tokprune.runtime.plan import Plan
+from tokprune.runtime.recipe import read_recipe
 
 
 @dataclass
@@ -41,7 +42,14 @@ class Outcome:
     same_ids: bool  # our tokenizer's and transformers'
     prompt_tokens: int
     images: int
+    kept: list[Pruned]  # by the engine, in the order of stages and images
     spectrum: list[tuple[int, float, float]] = field(default_factory=list)  # layer, IPR full, IPR pruned
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether engine and PyTorch agree: every greedy token, kept sets within the margin, finite logits."""
+        parity = self.parity
+        return parity.first_divergence is None and parity.kept_equal_margin and math.isfinite(parity.max_abs_logit_diff)
 
 
 def verify(
@@ -56,7 +64,8 @@ def verify(
 ) -> tuple[dict[str, Any], list[Outcome]]:
     """Compare the bundle in ``model`` with ``checkpoint`` in PyTorch, FP32, on ``samples``.
 
-    Parity of a quantised bundle is with the matrices that it has, restored; consistency with the checkpoint's own.
+    Parity of a quantised bundle is with the matrices that it has, restored, and activations rounded where its are;
+    consistency with the checkpoint's own.
     The bundle takes ``batch_size`` samples at a time, PyTorch always one. Returns the JSON object without gates, and
     each sample's outcome. The spectra of those of the first ``spectrum_samples`` samples that have an image give the
     change of the IPR.
@@ -77,7 +86,7 @@ def verify(
     original = Original(torch_model, processor, checkpoint, max_new_tokens, modules)
     same = original  # PyTorch with what the bundle has: its pruning, its matrices
     if recipe is not None:
-        rounded = with_matrices(torch_model, bundle_matrices(model.bundle, recipe))
+        rounded = rounded_twin(torch_model, model.bundle, recipe)
         same = Original(rounded, processor, checkpoint, max_new_tokens, modules)
     engine = Engine(model, max_new_tokens)
     outcomes: list[Outcome] = []
@@ -144,6 +153,7 @@ def _outcome(
         same_ids=ids == full.ids,
         prompt_tokens=len(ids),
         images=len(sample.images),
+        kept=answer.kept,
         spectrum=[
             (layer, metrics.ipr(states), metrics.ipr(pruned.hidden[layer]))
             for layer, states in sorted(full.hidden.items())

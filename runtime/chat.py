@@ -36,7 +36,15 @@ class Answer:
 class Model:
     """A bundle, loaded and ready; ``chat()`` starts a conversation, ``answer()`` takes many questions at once."""
 
-    def __init__(self, bundle: Bundle, engine: str = "auto", threads: int = 0, plugins: Path | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        engine: str = "auto",
+        threads: int = 0,
+        plugins: Path | None = None,
+        pipeline: Pipeline | None = None,
+    ) -> None:
+        """``pipeline`` is one of the bundle that is there already, in place of one on ``engine``."""
         self.bundle = bundle
         self.tokenizer = Tokenizer(bundle.file(names.TOKENIZER_FILE))
         self.image_spec = read_image_spec(bundle.file(names.PREPROCESSOR_FILE))
@@ -46,8 +54,10 @@ class Model:
                 f"{bundle.file(names.PREPROCESSOR_FILE)} makes images of {self.image_spec.size} pixels, the model "
                 f"reads {size}×{size}: export the bundle again"
             )
-        self.pipeline = Pipeline(bundle, make_backend(engine, bundle, threads=threads, plugins=plugins))
-        self.pipeline.load()
+        if pipeline is None:
+            pipeline = Pipeline(bundle, make_backend(engine, bundle, threads=threads, plugins=plugins))
+            pipeline.load()
+        self.pipeline = pipeline
 
     def chat(self) -> Chat:
         """A new, empty conversation."""

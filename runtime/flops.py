@@ -294,6 +294,7 @@ def summary(counter: FlopsCounter, text_tokens: int, selectors: str) -> dict[str
         "reduction": 1 - total / total_unpruned,
         "decoder_reduction": 1 - (total - vision) / (total_unpruned - vision),
         "segments": {name: value / 1e12 for name, value in segments.items()},
+        "segments_unpruned": {name: value / 1e12 for name, value in unpruned.items()},
         "decode_gflops_per_token": counter.decode(text_tokens) / 1e9,
         "decode_gflops_per_token_unpruned": counter.unpruned_decode(text_tokens) / 1e9,
         "form_a_gflops_per_layer": fastv_gflops_per_layer(facts, spans, text_tokens),

@@ -15,7 +15,7 @@ from tokprune.runtime import leverage, names
 from tokprune.runtime.errors import UserError
 from tokprune.runtime.manifest import Manifest, ModelFacts, SegmentWeights
 from tokprune.runtime.plan import Plan
-from tokprune.runtime.weights import closed_weights, default_base, segment_order
+from tokprune.runtime.weights import closed_integers, closed_weights, default_base, segment_order
 
 TEXT_TOKENS = 36  # with 576 visual tokens n = 612, which FastV's published table assumes
 NEW_TOKENS = 128  # what `run` generates at most if nothing else is said
@@ -164,7 +164,8 @@ class MemoryPlan:
     """Bytes by segment for one model, pruning plan, precision and work; and what engines make of them.
 
     ``base`` is the precision of all but the decoder layers' matrices, of caches and activations too. ``capacity`` is
-    the tokens of a sequence that TensorRT's caches are made for, visual ones counted before pruning.
+    the tokens of a sequence that TensorRT's caches are made for, visual ones counted before pruning. ``integers`` are
+    those bytes of the weights that are codes and scales.
     """
 
     facts: ModelFacts
@@ -174,6 +175,7 @@ class MemoryPlan:
     work: Work
     capacity: int
     weights: tuple[SegmentWeights, ...]
+    integers: int
     caches: Mapping[str, int]
     activations: Mapping[str, int]
 
@@ -187,16 +189,14 @@ class MemoryPlan:
         return max(reversed(self.weights), key=lambda segment: segment.largest_bytes)
 
     @property
-    def onnxruntime_cpu_bytes(self) -> int | None:
-        """Predicted peak on ONNX Runtime's CPU provider over what its libraries take; None for INT8 and INT4.
+    def onnxruntime_cpu_bytes(self) -> int:
+        """Predicted peak on ONNX Runtime's CPU provider over what its libraries take.
 
         A decoder writes its caches anew beside the old ones. Each session keeps what its arena once had, so
         activations of all segments add up; ARENA_FACTOR is what arenas round up. FP16 is computed in FP32, for which
-        weights are converted when loaded.
+        weights are converted when loaded; codes of INT8 and INT4 stay as small as they are.
         """
-        if self.precision not in ("fp32", "fp16"):
-            return None
-        weights = self.weights_bytes * (2 if self.precision == "fp16" else 1)
+        weights = self.integers + (self.weights_bytes - self.integers) * (2 if self.base == "fp16" else 1)
         caches = sum(self.caches.values()) + max(self.caches.values())
         activations = activation_bytes(self.facts, self.plan, "fp32", self.work)
         return round(ARENA_FACTOR * (weights + caches + sum(activations.values())))
@@ -258,11 +258,15 @@ def memory_plan(
     weights: tuple[SegmentWeights, ...] | None = None,
     capacity: int | None = None,
     base: str | None = None,
+    head: str | None = None,
+    tower: str | None = None,
+    integers: int | None = None,
 ) -> MemoryPlan:
     """Plan ``work``, the usual if None; ``weights`` are a bundle's own, without them they are computed.
 
-    ``capacity`` None is the model's context, as export chooses it, ``base`` None `default_base`. Raises UserError if
-    prompt and answer do not fit the capacity.
+    ``capacity`` None is the model's context, as export chooses it, ``base`` None `default_base`, ``head`` the precision
+    of ``lm_head``, ``tower`` that of vision tower and projector, None the base; ``integers`` are a bundle's own bytes
+    of codes and scales. Raises UserError if prompt and answer do not fit the capacity.
     """
     capacity = facts.context if capacity is None else capacity
     base = base or default_base(precision)
@@ -275,15 +279,25 @@ def memory_plan(
         base,
         work,
         capacity,
-        weights or closed_weights(facts, plan, precision, base),
+        weights or closed_weights(facts, plan, precision, base, head, tower),
+        closed_integers(facts, precision, base, head, tower) if integers is None else integers,
         kv_bytes(facts, plan, base, work),
         activation_bytes(facts, plan, base, work),
     )
 
 
-def from_manifest(manifest: Manifest, work: Work | None = None) -> MemoryPlan:
-    """The plan of a bundle, with the weights that its graphs have and the caches that its limits allow."""
-    capacity = manifest.limits.max_kv_capacity
+def from_manifest(manifest: Manifest, work: Work | None = None, integers: int | None = None) -> MemoryPlan:
+    """The plan of a bundle, with the weights that its graphs have and the caches that its limits allow.
+
+    ``integers`` are its recipe's; None is as if only the decoder layers were rounded.
+    """
     return memory_plan(
-        manifest.model, manifest.plan, manifest.precision, work, manifest.memory, capacity, manifest.base
+        manifest.model,
+        manifest.plan,
+        manifest.precision,
+        work,
+        manifest.memory,
+        manifest.limits.max_kv_capacity,
+        manifest.base,
+        integers=integers,
     )

@@ -6,6 +6,8 @@ domain of its own only, which ours are not in.
 
 from __future__ import annotations
 
+import ctypes
+import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,15 +15,20 @@ from typing import Any
 import numpy as np
 
 from tokprune.runtime.bundle import Bundle
+from tokprune.runtime.engines.fused import Found, FusedDecoder, find_fused, without_flash
 from tokprune.runtime.engines.profiles import segment_profiles
 from tokprune.runtime.engines.slot import FOLDER as ENGINES
 from tokprune.runtime.errors import UserError
 from tokprune.runtime.manifest import SegmentFacts
+from tokprune.runtime.recipe import read_recipe, segment_of
+from tokprune.runtime.session import ONNXRUNTIME, Session
 
+_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 # engine: the provider that must run it, those behind it for what it leaves, the memory that tensors are in
 _PROVIDERS = {
-    "onnxruntime": ((CPU,), "cpu"),
+    ONNXRUNTIME: ((CPU,), "cpu"),
+    "onnxruntime-neutral": ((CPU,), "cpu"),
     "onnxruntime-cuda": ((CUDA, CPU), "cuda"),
     "onnxruntime-tensorrt": ((TENSORRT, CUDA, CPU), "cuda"),
 }
@@ -29,12 +36,29 @@ _PROVIDERS = {
 # ONNX Runtime joins DequantizeLinear and MatMul to a product of its own. Level 1 computes it in FP32, 4 rounds the
 # activations to INT8 as well, BLOCK of them to a scale: with INT8 weights that decodes 7 times as fast as FP32, and
 # level 1, for which ONNX Runtime 1.31 has no kernel, 14 times as slowly. INT4 has one, and stays exact
-# (docs/methods.md).
-ACCURACY = {"fp32": 1, "fp16": 1, "int8": 4, "int4": 1}
+# (docs/methods.md). The level is a segment's: one INT8 matrix in it, and INT4 beside it is computed so too.
+ACCURACY = {"int8": 4, "int4": 1}
+FUSED_ACCURACY = {"int8": 4, "int4": 4}  # of graphs that are there to be fast: INT4's products take half the time at 4
 BLOCK = 128
-INTEGER = f"ONNX Runtime may round what INT8 matrices are multiplied with to INT8 as well, {BLOCK} values to a scale"
+INTEGER = (
+    f"ONNX Runtime may round what INT8 matrices are multiplied with to INT8 as well, {BLOCK} values to a scale; and "
+    "what INT4 matrices are multiplied with, in segments that have both and in fused graphs"
+)
 
 MIXED = "the TensorRT provider may compute in FP16 what an FP16 bundle's graphs have in FP32, layer norms excepted"
+
+
+def open_onnxruntime(
+    bundle: Bundle, engine: str, *, threads: int = 0, plugins: Path | None = None, remarks: tuple[str, ...] = ()
+) -> OnnxRuntime:
+    """The backend for ``bundle``, with the graphs of its slot if ``engine`` takes them and it fits; it says why not.
+
+    Raises ImportError, or UserError as `OnnxRuntime` does.
+    """
+    import onnxruntime
+
+    slot, reasons = find_fused(bundle, onnxruntime.__version__) if engine == ONNXRUNTIME else (None, ())
+    return OnnxRuntime(engine, threads=threads, plugins=plugins, remarks=remarks + reasons, slot=slot)
 
 
 class OnnxRuntime:
@@ -47,13 +71,15 @@ class OnnxRuntime:
         threads: int = 0,
         plugins: Path | None = None,
         remarks: tuple[str, ...] = (),
+        slot: Found | None = None,
     ) -> None:
-        """``threads`` 0 leaves the number to ONNX Runtime: one for each physical core.
+        """``threads`` 0 leaves the number to ONNX Runtime: one for each physical core. ``slot`` has graphs to prefer.
 
         Raises ImportError, or UserError if the engine's provider is not in this ONNX Runtime.
         """
         import onnxruntime
 
+        _give_back_what_is_freed()
         self._ort = onnxruntime
         self._providers, self._device = _PROVIDERS[engine]
         available = onnxruntime.get_available_providers()
@@ -62,35 +88,56 @@ class OnnxRuntime:
                 f"engine '{engine}' needs ONNX Runtime's {self._providers[0]}, this one has {', '.join(available)}: "
                 "pip install onnxruntime-gpu in place of onnxruntime (on a Jetson, NVIDIA's own wheel of it)"
             )
-        self.name = f"onnxruntime-{onnxruntime.__version__}-{engine.removeprefix('onnxruntime').strip('-') or 'cpu'}"
+        kind = "cpu" if self._providers == (CPU,) else engine.removeprefix("onnxruntime-")
+        self.name = f"onnxruntime-{onnxruntime.__version__}-{kind}{'' if slot is None else ', fused graphs'}"
         self.remarks = remarks + ((MIXED,) if self._providers[0] == TENSORRT else ())
         self.peak_tflops: float | None = None
         self._plugins = plugins
         self._threads = threads
+        self._slot = slot
 
-    def load(self, bundle: Bundle, segment: SegmentFacts) -> _Session:
-        path = bundle.file(segment.file)
+    def load(self, bundle: Bundle, segment: SegmentFacts) -> Session:
+        fused = None if self._slot is None else self._slot.graph(segment.name)
+        path = fused or bundle.file(segment.file)
         providers = [(name, self._provider_options(name, bundle, segment)) for name in self._providers]
-        if ACCURACY[bundle.manifest.precision] == 4 and INTEGER not in self.remarks:
+        is_fused = fused is not None
+        if accuracy(bundle, segment, is_fused) == 4 and INTEGER not in self.remarks:
             self.remarks += (INTEGER,)
         try:
-            options = self._options(bundle.manifest.precision)
-            session = self._ort.InferenceSession(path, options, providers=providers)
+            options = self.segment_options(bundle, segment, is_fused)
+            model: Path | bytes = path
+            if fused is not None:  # its weights are the bundle's, which only a graph from memory may have elsewhere
+                options.add_session_config_entry(
+                    "session.model_external_initializers_file_folder_path", str(bundle.path)
+                )
+                model = fused.read_bytes()
+            with without_flash():
+                session = self._ort.InferenceSession(model, options, providers=providers)
         except Exception as error:  # ONNX Runtime's exceptions have no narrower base
-            raise UserError(f"ONNX Runtime cannot load {path} ({error}): export the bundle again") from error
+            again = "export the bundle again" if fused is None else "build the slot again with tokprune build"
+            raise UserError(f"ONNX Runtime cannot load {path} ({error}): {again}") from error
         if self._providers[0] not in session.get_providers():  # it goes on without one that does not start
             raise UserError(
                 f"ONNX Runtime's {self._providers[0]} did not start, {', '.join(session.get_providers())} would run "
                 f"{segment.name} instead: install the CUDA, cuDNN or TensorRT libraries that it names above"
             )
+        if fused is not None and segment.layers is not None:
+            return FusedDecoder(self._ort, session, segment, path)
         return _Session(session, path, self._device)
 
-    def _options(self, precision: str) -> Any:
+    def segment_options(self, bundle: Bundle, segment: SegmentFacts, is_fused: bool = False) -> Any:
+        """Of a session that runs the segment, or a part of it."""
+        options = self._options(accuracy(bundle, segment, is_fused))
+        if _rounds_activations(bundle, segment):
+            _keep_pairs(options)
+        return options
+
+    def _options(self, accuracy: int) -> Any:
         options = self._ort.SessionOptions()
         # Each session has threads of its own. Left spinning after a run, they take the cores from the next segment's:
         # on two cores everything was 2.5 times slower (docs/log.md).
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(ACCURACY[precision]))
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(accuracy))
         options.add_session_config_entry("session.qdq_matmulnbits_block_size", str(BLOCK))
         options.intra_op_num_threads = self._threads
         options.log_severity_level = 3  # errors; what they say reaches the user as an exception
@@ -130,6 +177,60 @@ class _Session:
         except Exception as error:  # as above; what is fed follows from the manifest, so the graph is another one
             raise UserError(f"ONNX Runtime cannot run {self._path} ({error}): export the bundle again") from error
         return dict(zip(outputs, values, strict=True))
+
+
+def accuracy(bundle: Bundle, segment: SegmentFacts, is_fused: bool = False) -> int:
+    """The greatest level that the segment's matrices need, but for those whose activations the graph itself rounds."""
+    recipe = read_recipe(bundle)
+    if recipe is None:
+        return ACCURACY["int4"]
+    own = (matrix.record for matrix in recipe.rounded if segment_of(matrix.name, bundle.manifest) == segment.name)
+    levels = FUSED_ACCURACY if is_fused else ACCURACY
+    return max((levels[record.precision] for record in own if record.activation is None), default=ACCURACY["int4"])
+
+
+def _rounds_activations(bundle: Bundle, segment: SegmentFacts) -> bool:
+    """Whether a graph rounds to INT8 what some of its matrices are multiplied with."""
+    recipe = read_recipe(bundle)
+    if recipe is None:
+        return False
+    rounded = (matrix.name for matrix in recipe.rounded if matrix.record.activation is not None)
+    return any(segment_of(name, bundle.manifest) == segment.name for name in rounded)
+
+
+def _keep_pairs(options: Any) -> None:
+    """Have products of rounded activations computed in integers, and exactly.
+
+    ONNX Runtime joins a product only with a QuantizeLinear and DequantizeLinear that nothing else reads; first it would
+    make one of the pairs behind one tensor. Without VNNI, x86 adds two of its 8-bit products in 16 bits, which overflow
+    (onnxruntime#12088): other kernels, half as fast, do not.
+    """
+    options.add_session_config_entry(
+        "optimization.disable_specified_optimizers", "CommonSubexpressionElimination;ConstantSharing"
+    )
+    if may_overflow():
+        options.add_session_config_entry("session.x64quantprecision", "1")
+
+
+def may_overflow() -> bool:
+    """Whether this is an x86 without VNNI, or one that does not say."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    try:
+        return "vnni" not in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return True
+
+
+def _give_back_what_is_freed() -> None:
+    """Have the C library map blocks from 1 MB on by themselves, so that they go back to the system when they are freed.
+
+    glibc raises that size, to 32 MB, once such a block has been freed; the weights that ONNX Runtime converts while it
+    loads then leave gaps: a 7B in INT4 took 8.2 GB with them, 6.1 GB without. Other libraries have no such setting.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        library.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def run_bound(session: Any, feeds: Mapping[str, Any], outputs: Sequence[str], device: str) -> list[Any]:

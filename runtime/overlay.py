@@ -6,8 +6,6 @@ dark, kept ones in colour within a thin line.
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from tokprune.runtime.errors import UserError
+from tokprune.runtime.output import check_file, whole_file
 
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 _PANEL = 480  # pixels of a panel's longer edge, about
@@ -46,12 +45,7 @@ def check_overlay_path(path: Path | str) -> None:
     path = Path(path)
     if path.suffix.lower() not in _FORMATS:
         raise UserError(f"the overlay {path} has no known extension: choose one of {', '.join(_FORMATS)}")
-    if path.is_dir():
-        raise UserError(f"the overlay {path} is a directory: name a file in it")
-    if not path.parent.is_dir():
-        raise UserError(f"the overlay's directory {path.parent} does not exist: create it, or choose another")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise UserError(f"the overlay's directory {path.parent} is not writable: choose another")
+    check_file(path, "overlay")
 
 
 def draw_overlay(
@@ -61,19 +55,36 @@ def draw_overlay(
     box: tuple[float, float, float, float],
     out_path: Path | str,
 ) -> None:
-    """Write the picture of ``stages`` over ``image`` (RGB, upright) to ``out_path``, whole or not at all.
+    """Write ``panels`` side by side to ``out_path``, whole or not at all.
 
-    ``grid`` is (rows, columns) of visual tokens, ``box`` what of the image they cover, as `original_box`
-    gives it. Where a stage has scores, the line around a patch goes from blue (lowest kept) to yellow
-    (highest). Without stages the original alone is drawn. Raises UserError if the file cannot be written,
-    ValueError if the stages do not fit the grid or one another.
+    Raises UserError if the file cannot be written, ValueError as ``panels`` does.
     """
-    check_overlay_path(out_path)
+    path = Path(out_path)
+    check_overlay_path(path)
+    sheet = _sheet(panels(image, stages, grid, box))
+    with whole_file(path, "overlay") as partial:
+        sheet.save(partial, format=_FORMATS[path.suffix.lower()], quality=90)
+
+
+def panels(
+    image: Image.Image,
+    stages: Stages,
+    grid: tuple[int, int],
+    box: tuple[float, float, float, float],
+    edge: int = _PANEL,
+) -> list[tuple[Image.Image, str]]:
+    """The pictures of ``stages`` over ``image`` (RGB, upright), with their captions: the original, then each stage.
+
+    A stage's longer edge has about ``edge`` pixels, the original is as high and at most twice as wide. ``grid`` is
+    (rows, columns) of visual tokens, ``box`` what of the image they cover, as `original_box` gives it. Where a
+    stage has scores, the line around a patch goes from blue (lowest kept) to yellow (highest). Without stages the
+    original alone is drawn. Raises ValueError if the stages do not fit the grid or one another.
+    """
     steps = [OverlayStage(*stage) for stage in stages]
     rows, columns = grid
-    cell = max(4, _PANEL // max(rows, columns))
+    cell = max(4, edge // max(rows, columns))
     size = (columns * cell, rows * cell)
-    panels = [(_original(image, box, size[1]), "original" if steps else "original, nothing pruned")]
+    found = [(_original(image, box, size[1]), "original" if steps else "original, nothing pruned")]
     seen = _seen(image, box, size)
     before = np.arange(rows * columns)
     for step in steps:
@@ -86,9 +97,9 @@ def draw_overlay(
                 raise ValueError(f"layer {step.layer} has {len(step.scores)} scores of {before.size} tokens")
             ranks = np.asarray(step.scores)[np.searchsorted(before, cells)].argsort().argsort()
         caption = f"layer {step.layer}: {cells.size} of {rows * columns}"
-        panels.append((_kept(seen, cells, ranks, grid, cell), caption))
+        found.append((_kept(seen, cells, ranks, grid, cell), caption))
         before = cells
-    _save(_sheet(panels), Path(out_path))
+    return found
 
 
 def _original(image: Image.Image, box: tuple[float, float, float, float], height: int) -> Image.Image:
@@ -141,17 +152,3 @@ def _sheet(panels: Sequence[tuple[Image.Image, str]]) -> Image.Image:
         draw.text((left, height + _GAP + 6), caption, fill=_INK, font=font)
         left += width + _GAP
     return sheet
-
-
-def _save(sheet: Image.Image, path: Path) -> None:
-    """Write to a temporary name beside ``path`` and rename, so that no half picture is ever there."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        sheet.save(partial, format=_FORMATS[path.suffix.lower()], quality=90)
-        partial.replace(path)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"the overlay {path} cannot be written ({reason}): choose another") from error
-    finally:
-        with contextlib.suppress(FileNotFoundError):  # renamed, or never begun
-            partial.unlink()

@@ -153,36 +153,13 @@ def precision_text(result: Mapping[str, Any]) -> str:
     return precision if precision == base else f"{precision} on {base}"
 
 
-def recipe_report(totals: Mapping[str, Any], matrices: Sequence[Mapping[str, Any]]) -> str:
-    """What quantisation did, by kind of matrix: the same of all layers under one name."""
-    kinds: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
-    for matrix in matrices:
-        kind = (matrix["name"].partition(".layers.")[2].partition(".")[2].removesuffix(".weight"), matrix["precision"])
-        scales = "a scale a row" if matrix["block"] == matrix["shape"][1] else f"a scale for each {matrix['block']}"
-        kinds.setdefault((*kind, matrix["reason"] or scales), []).append(matrix)
-    rows = []
-    for (name, precision, how), found in kinds.items():
-        ratios = [matrix["sqnr_db"] for matrix in found if matrix["sqnr_db"] is not None]
-        spread = f"{min(ratios):.1f} to {max(ratios):.1f}" if ratios else NOT_MEASURED
-        rows.append((name, len(found), precision, spread, size(sum(matrix["bytes"] for matrix in found)), how))
-    kept = f", {totals['matrices_kept']} stay as they are" if totals["matrices_kept"] else ""
-    share = "" if totals["ratio_fp32"] is None else f", {totals['ratio_fp32']:.3f} of FP32"
-    lines = [
-        table(rows, ("matrix", "layers", "precision", "SQNR, dB", "size", "")),
-        "",
-        f"{precision_text(totals)}: {totals['matrices']} matrices of {size(totals['bytes'])}{share}{kept}",
-    ]
-    return "\n".join(lines)
-
-
 def memory_verdict(result: Mapping[str, Any]) -> str:
     """Predicted peaks, which Jetson modules have room for them, and what would fit those that have not."""
     peaks, fits = result["peak_bytes"], {True: "fits", False: "no"}
     modules = [(m["name"], size(m["available_bytes"]), fits[m["run"]], fits[m["build"]]) for m in result["modules"]]
-    cpu = peaks["onnxruntime_cpu"]
-    on_cpu = "" if cpu is None else f"{size(cpu)} with ONNX Runtime on the CPU, "
     lines = [
-        f"predicted peak: {on_cpu}{size(peaks['tensorrt'])} with TensorRT, "
+        f"predicted peak: {size(peaks['onnxruntime_cpu'])} with ONNX Runtime on the CPU, "
+        f"{size(peaks['tensorrt'])} with TensorRT, "
         f"{size(result['build_bytes'])} to build its engines",
         "",
         table(modules, ("TensorRT on", "has for it", "run", "build")),
@@ -191,10 +168,10 @@ def memory_verdict(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def parity_text(parity: Mapping[str, Any]) -> str:
-    """Our engine against PyTorch with the same pruning."""
-    rows = [
-        ("samples", parity["samples"]),
+def parity_rows(parity: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Our engine against PyTorch with the same pruning: what, and how much."""
+    return [
+        ("samples", str(parity["samples"])),
         ("max |Δlogit|", number(parity["max_abs_logit_diff"])),
         ("as a share of the largest", number(parity["max_rel_logit_diff"])),
         ("lowest cosine", number(parity["cosine_min"])),
@@ -202,14 +179,13 @@ def parity_text(parity: Mapping[str, Any]) -> str:
         ("kept tokens shared", percent(parity["kept_overlap"])),
         ("kept sets equal within the margin", percent(parity["kept_equal_margin"])),
     ]
-    return table(rows, ("parity", ""))
 
 
-def consistency_text(consistency: Mapping[str, Any]) -> str:
-    """The pruned model against the unpruned original."""
+def consistency_rows(consistency: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The pruned model against the unpruned original: what, and how much; the IPR aside."""
     divergences = (number(consistency[key]) for key in ("kl_mean", "kl_median", "kl_p99"))
-    rows = [
-        ("samples", consistency["samples"]),
+    return [
+        ("samples", str(consistency["samples"])),
         ("answers equal", percent(consistency["agreement"], consistency["agreement_ci95"])),
         ("accuracy, unpruned", percent(consistency["accuracy_full"])),
         ("accuracy, pruned", percent(consistency["accuracy_pruned"])),
@@ -220,37 +196,45 @@ def consistency_text(consistency: Mapping[str, Any]) -> str:
         ("top-1 tokens equal", percent(consistency["top1_agreement"])),
         ("KL mean / median / p99", " / ".join(divergences)),
     ]
-    for entry in consistency["ipr"]:
-        change = f"{number(entry['full'])} → {number(entry['pruned'])}"
-        rows.append((f"IPR in layer {entry['layer']}", change))
-    return table(rows, ("consistency", ""))
 
 
 def verify_report(result: Mapping[str, Any]) -> str:
     """Parity, consistency and gates of ``tokprune verify``; a part that was not asked for is left out."""
     parts = []
     if result.get("parity") is not None:
-        parts.append(parity_text(result["parity"]))
-    if result.get("consistency") is not None:
-        parts.append(consistency_text(result["consistency"]))
+        parts.append(table(parity_rows(result["parity"]), ("parity", "")))
+    if (consistency := result.get("consistency")) is not None:
+        spectra = [
+            (f"IPR in layer {entry['layer']}", f"{number(entry['full'])} → {number(entry['pruned'])}")
+            for entry in consistency["ipr"]
+        ]
+        parts.append(table([*consistency_rows(consistency), *spectra], ("consistency", "")))
     if result["gates"]:
         rows = [
-            (gate["name"], number(gate["limit"]), number(gate["value"]), _verdict(gate["passed"]))
+            (gate["name"], number(gate["limit"]), number(gate["value"]), verdict(gate["passed"]))
             for gate in result["gates"]
         ]
         parts.append(table(rows, ("gate", "limit", "value", "")))
-    parts.append("\n".join([*result["remarks"], _verdict(result["passed"])]))
+    parts.append("\n".join([*result["remarks"], verdict(result["passed"])]))
     return "\n\n".join(parts)
 
 
 def build_report(result: Mapping[str, Any]) -> str:
-    """The engines of ``tokprune build``."""
+    """The engines of ``tokprune build``, or its fused graphs."""
+    is_fused = any(s["difference"] is not None for s in result["segments"])
     rows = [
-        (s["name"], "yes" if s["built"] else "no", f"{s['seconds']:.1f} s", size(s["bytes"]), ", ".join(s["profiles"]))
+        (
+            s["name"],
+            "yes" if s["built"] else "no",
+            f"{s['seconds']:.1f} s",
+            size(s["bytes"]),
+            f"{s['difference']:.1e}" if is_fused else ", ".join(s["profiles"]),
+        )
         for s in result["segments"]
     ]
+    last = "difference from neutral" if is_fused else "profiles"
     lines = [
-        table(rows, ("segment", "built now", "took", "engine", "profiles")),
+        table(rows, ("segment", "built now", "took", "graph" if is_fused else "engine", last)),
         "",
         f"{result['library']} {result['version']} for {result['arch']}, selector {result['selector']}; "
         f"{size(result['bytes'])} in {result['slot']}",
@@ -279,8 +263,8 @@ def bench_report(result: Mapping[str, Any]) -> str:
         "",
         *([] if peak is None else [f"peak: {peak:.1f} TFLOP/s, dense FP16 at the highest clock allowed now"]),
         f"selectors: {percent(result['selector_share'])} of prefill",
-        f"decoder prefill, speed-up: {_times(result['decoder_speedup'])}, "
-        f"in theory {_times(result['theoretical_decoder_speedup'])}; "
+        f"decoder prefill, speed-up: {times(result['decoder_speedup'])}, "
+        f"in theory {times(result['theoretical_decoder_speedup'])}; "
         f"{percent(result['realised_share'])} of the theoretical saving realised",
     ]
     return "\n".join(lines)
@@ -290,9 +274,10 @@ def _count(value: int | None) -> str:
     return NOT_MEASURED if value is None else str(value)
 
 
-def _times(value: float | None) -> str:
+def times(value: float | None) -> str:
     return _optional(value, lambda v: f"{v:.2f}×")
 
 
-def _verdict(passed: bool) -> str:
+def verdict(passed: bool) -> str:
+    """How a gate, or all of them, came out."""
     return "passed" if passed else "FAILED"

@@ -49,15 +49,17 @@ class Backend(Protocol):
         """
 
 
-AUTO, TENSORRT = "auto", "tensorrt"
-ENGINES = (AUTO, TENSORRT, "onnxruntime", "onnxruntime-cuda", "onnxruntime-tensorrt")
+AUTO, TENSORRT, ONNXRUNTIME = "auto", "tensorrt", "onnxruntime"
+ENGINES = (AUTO, TENSORRT, ONNXRUNTIME, "onnxruntime-neutral", "onnxruntime-cuda", "onnxruntime-tensorrt")
 
 
 def make_backend(engine: str, bundle: Bundle, *, threads: int = 0, plugins: Path | None = None) -> Backend:
     """The backend of that name for ``bundle``; ``plugins`` is a library for ONNX Runtime's TensorRT provider.
 
     "auto" is TensorRT where the bundle has engines that fit this machine, else ONNX Runtime on the CPU, which runs
-    everywhere. Raises UserError if the engine's library, provider, device or engines are not there.
+    everywhere: with the fused graphs of the bundle's slot where it fits, as "onnxruntime" does too;
+    "onnxruntime-neutral" takes the bundle's own graphs. Raises UserError if the engine's library, provider, device or
+    engines are not there.
     """
     remarks: tuple[str, ...] = ()
     if threads < 0:
@@ -68,20 +70,19 @@ def make_backend(engine: str, bundle: Bundle, *, threads: int = 0, plugins: Path
             "made have theirs beside them"
         )
     if engine in (AUTO, TENSORRT):
-        from tokprune.runtime.engines.slot import read_slots
-        from tokprune.runtime.engines.tensorrt import find_engines, open_tensorrt
+        from tokprune.runtime.engines.tensorrt import find_engines, has_engines, open_tensorrt
 
         try:
             return open_tensorrt(bundle, find_engines(bundle))
         except EnginesMissing as error:
             if engine == TENSORRT:
                 raise
-            remarks = (str(error),) if any(read_slots(bundle.path)) else ()
-    from tokprune.runtime.ort import OnnxRuntime
-
+            remarks = (str(error),) if has_engines(bundle) else ()
     try:
-        name = "onnxruntime" if engine == AUTO else engine
-        return OnnxRuntime(name, threads=threads, plugins=plugins, remarks=remarks)
+        from tokprune.runtime.ort import open_onnxruntime
+
+        name = ONNXRUNTIME if engine == AUTO else engine
+        return open_onnxruntime(bundle, name, threads=threads, plugins=plugins, remarks=remarks)
     except ImportError as error:
         raise UserError(
             f"engine '{engine}' needs onnxruntime, which is not there ({error}): pip install onnxruntime"

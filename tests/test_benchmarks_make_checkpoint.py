@@ -151,7 +151,7 @@ def test_known_sizes(name, facts, gigabytes):
         ('{"hidden": 65, "intermediate": 96, "layers": 2, "heads": 4}', "hidden 65, no multiple of its heads"),
         ('{"hidden": 64, "intermediate": 96, "layers": true, "heads": 4}', "layers True"),
         ('{"hidden": 64, "intermediate": 96, "layers": 2, "heads": 4, "vocabulary": 100}', "vocabulary of 100"),
-        ("[", "neither 7b nor 13b nor a JSON file"),
+        ("[", "neither 7b nor 13b nor reference nor a JSON file"),
     ],
 )
 def test_says_what_is_wrong_with_a_size(text, said, tmp_path, capsys):

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from conftest import LAYERS
 
-from tokprune.calibration.recipe import read_recipe
 from tokprune.export.quantize import quantize
 from tokprune.runtime.bundle import open_bundle
+from tokprune.runtime.recipe import read_recipe
 
 
 class TestCommand:
@@ -31,7 +31,9 @@ class TestCommand:
         [
             (["BUNDLE", "--precision", "fp8", "--out", "out"], ["'fp8'", "int8"]),
             (["BUNDLE", "--precision", "fp16", "--out", "out"], ["'fp16'", "int4"]),
-            (["BUNDLE", "--out", "out"], ["--precision"]),
+            (["BUNDLE", "--out", "out"], ["neither --precision nor --recipe"]),
+            (["BUNDLE", "--precision", "int4", "--lm-head", "int4", "--out", "out"], ["'int4'", "int8"]),
+            (["BUNDLE", "--recipe", "nowhere.json", "--out", "out"], ["nowhere.json", "recipe.json of a quantised"]),
             (["BUNDLE", "--precision", "int4"], ["--out"]),
             (["nowhere", "--precision", "int4", "--out", "out"], ["nowhere", "tokprune-export"]),
             (["BUNDLE", "--precision", "int4", "--out", "BUNDLE"], ["is the bundle itself"]),
@@ -44,6 +46,45 @@ class TestCommand:
     def test_quantized_bundle(self, call, tiny_bundle, tmp_path: Path) -> None:
         quantize(open_bundle(tiny_bundle("none")), tmp_path / "int4", "int4")
         call("quantize", "int4", "--precision", "int8", "--out", "out").refused("is in int4 already")
+
+    def test_recipe_of_another_bundle(self, call, tiny_bundle, tmp_path: Path) -> None:
+        """The same bytes come of it; half of its choices taken back, the rest of the bytes do."""
+        source = tiny_bundle("lofi")
+        first = call(
+            "quantize", tiny_bundle("none"), "--precision", "int4", "--lm-head", "int8", "--out", "first", "--json"
+        )
+        assert json.loads(first.out)["matrices_by_precision"] == {"int8": 1, "int4": 7 * LAYERS}
+        call("quantize", source, "--precision", "int4", "--lm-head", "int8", "--out", "asked")
+        assert call("quantize", source, "--recipe", "first/recipe.json", "--out", "given").code == 0
+        asked, given = ({p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("asked", "given"))
+        assert asked == given
+        data = json.loads((tmp_path / "first" / "recipe.json").read_text())
+        for matrix in data["matrices"]:
+            if "layers.1." in matrix["name"]:
+                matrix["choice"] = {**matrix["choice"], "precision": "base", "reason": "it is dear"}
+        (tmp_path / "mixed.json").write_text(json.dumps(data))
+        result = call("quantize", source, "--recipe", "mixed.json", "--out", "mixed")
+        assert "it is dear" in result.out
+        mixed = read_recipe(open_bundle(tmp_path / "mixed", check_hashes=True))
+        assert len(mixed.rounded) == 7 * (LAYERS - 1) + 1
+        assert mixed.totals()["matrices_kept"] == 7 + 6  # a tower's layer too, which stays in any case
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            (["--lm-head", "int8"], ["--lm-head was given beside a recipe"]),
+            (["--precision", "int8"], ["--precision int8 was given beside a recipe in int4"]),
+        ],
+    )
+    def test_recipe_and_more(self, call, tiny_bundle, tmp_path: Path, options, words) -> None:
+        quantize(open_bundle(tiny_bundle("none")), tmp_path / "first", "int4")
+        recipe = ["--recipe", "first/recipe.json", "--out", "out"]
+        call("quantize", tiny_bundle("none"), *recipe, *options).refused(*words)
+
+    def test_head_without_integers(self, call, tiny_checkpoint) -> None:
+        options = ("--method", "none", "--precision", "fp16", "--lm-head", "int8", "--out", "out")
+        call("export", "--model", tiny_checkpoint, *options).refused("--lm-head", "drop it")
+        call("memory", "--model", "7b", "--lm-head", "int8").refused("--lm-head", "'fp16'", "drop it")
 
     def test_base_without_integers(self, call, tiny_checkpoint) -> None:
         options = ("--method", "none", "--precision", "fp16", "--base", "fp32", "--out", "out")

@@ -14,7 +14,6 @@ import torch
 from conftest import LAYERS, PLANS, redraw_checkpoint
 from PIL import Image
 
-from tokprune.calibration.recipe import read_recipe
 from tokprune.export.checkpoint import find_checkpoint, load_model
 from tokprune.export.pipeline import export
 from tokprune.export.quantize import WEIGHTS, quantize
@@ -30,7 +29,8 @@ from tokprune.runtime.engines import compiler, versions
 from tokprune.runtime.engines.profiles import segment_profiles
 from tokprune.runtime.errors import UserError
 from tokprune.runtime.memory import from_manifest, memory_plan
-from tokprune.runtime.weights import closed_weights
+from tokprune.runtime.recipe import read_recipe
+from tokprune.runtime.weights import closed_weights, is_head
 
 INTEGERS = ("int8", "int4")
 
@@ -121,14 +121,14 @@ class TestBundle:
         assert len(found) == len(recipe.rounded) == 7 * LAYERS
         for matrix in recipe.rounded:
             weights, restored = own[matrix.name].astype(np.float64), found[matrix.name]
-            blocks = np.abs(weights).reshape(len(weights), -1, matrix.block).max(axis=2)
-            steps = np.repeat(blocks / (127 if precision == "int8" else 7), matrix.block, axis=1)
+            blocks = np.abs(weights).reshape(len(weights), -1, matrix.record.block).max(axis=2)
+            steps = np.repeat(blocks / (127 if precision == "int8" else 7), matrix.record.block, axis=1)
             assert (np.abs(weights - restored) <= steps * 0.500001).all(), matrix.name
             ratio = 10 * np.log10(np.square(weights).sum() / np.square(weights - restored).sum())
-            assert ratio == pytest.approx(matrix.sqnr_db, abs=1e-4)
+            assert ratio == pytest.approx(matrix.record.sqnr_db, abs=1e-4)
             assert ratio > (38 if precision == "int8" else 18)
-            assert matrix.bytes == matrix.shape[0] * matrix.shape[1] * (8 if precision == "int8" else 4) // 8 + (
-                4 * matrix.shape[0] * matrix.shape[1] // matrix.block
+            assert matrix.record.bytes == matrix.shape[0] * matrix.shape[1] * (8 if precision == "int8" else 4) // 8 + (
+                4 * matrix.shape[0] * matrix.shape[1] // matrix.record.block
             )
 
     def test_everything_else_is_the_same(self, tiny_bundle, quantized, precision: str) -> None:
@@ -188,12 +188,65 @@ def test_a_matrix_that_no_block_divides_stays(tiny_checkpoint, samples, tmp_path
     checkpoint = find_checkpoint(str(odd))
     export(checkpoint, PLANS["none"], tmp_path / "bundle", precision="int4", base="fp32")
     recipe = read_recipe(open_bundle(tmp_path / "bundle"))
-    stay = [matrix for matrix in recipe.matrices if matrix.reason]
+    stay = [matrix for matrix in recipe.matrices if matrix.record.reason]
     assert [matrix.name.rpartition("layers.")[2] for matrix in stay] == [f"{i}.mlp.down_proj.weight" for i in range(3)]
-    assert {(m.precision, m.block, m.sqnr_db, m.bytes) for m in stay} == {("fp32", None, None, 4 * 64 * 100)}
-    assert stay[0].reason == "its input of 100 has no block of 16 to 128 weights"
+    records = {(m.record.precision, m.record.block, m.record.sqnr_db, m.record.bytes) for m in stay}
+    assert records == {("fp32", None, None, 4 * 64 * 100)}
+    assert stay[0].record.reason == "its input of 100 has no block of 16 to 128 weights"
     result, _ = verify(load(tmp_path / "bundle"), checkpoint, samples, max_new_tokens=4)
     assert result["parity"]["max_abs_logit_diff"] < 2e-4
+
+
+class TestHead:
+    """``lm_head`` in INT8, whole and in pieces."""
+
+    @pytest.fixture(scope="class")
+    def bundles(self, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+        folder, checkpoint = tmp_path_factory.mktemp("heads"), find_checkpoint(str(tiny_checkpoint))
+        for pieces in (1, 3):
+            path = folder / str(pieces)
+            options = {"precision": "int4", "base": "fp32", "head": "int8", "head_pieces": pieces}
+            export(checkpoint, PLANS["lofi"], path, graphs={}, **options)
+        return [folder / "1", folder / "3"]
+
+    def test_pieces_are_the_whole(self, bundles: list[Path]) -> None:
+        """A scale belongs to a row, so a piece has the codes that its rows have in the whole."""
+        whole, pieces = (
+            [matrix for matrix in read_recipe(open_bundle(path)).rounded if is_head(matrix.name)] for path in bundles
+        )
+        assert [matrix.shape for matrix in (*whole, *pieces)] == [(576, 64), (192, 64), (192, 64), (192, 64)]
+        assert sum(matrix.record.bytes for matrix in pieces) == whole[0].record.bytes == 576 * 64 + 576 * 4
+        assert {matrix.record.precision for matrix in (*whole, *pieces)} == {"int8"}
+        (found, *_), parts = (
+            [
+                matrix
+                for name, matrix in bundle_matrices(open_bundle(path), read_recipe(open_bundle(path)))
+                if is_head(name)
+            ]
+            for path in bundles
+        )
+        np.testing.assert_array_equal(found, np.concatenate(parts))
+
+    def test_bytes_are_those_of_the_plan(self, bundles: list[Path]) -> None:
+        for path in bundles:
+            manifest = open_bundle(path).manifest
+            planned = closed_weights(manifest.model, manifest.plan, "int4", "fp32", "int8")
+            assert 0 <= manifest.memory[-1].total - planned[-1].total < 1000  # constants of shapes and masks
+            stays = closed_weights(manifest.model, manifest.plan, "int4", "fp32")
+            assert stays[-1].total - planned[-1].total == 576 * (4 * 64 - 64 - 4)
+
+    def test_parity(self, bundles: list[Path], tiny_checkpoint, samples, monkeypatch) -> None:
+        monkeypatch.setitem(ort.ACCURACY, "int8", 1)
+        for path in bundles:
+            result, _ = verify(load(path), find_checkpoint(str(tiny_checkpoint)), samples, max_new_tokens=4)
+            assert result["parity"]["max_abs_logit_diff"] < 2e-4
+
+    def test_level_is_the_segments(self, bundles: list[Path]) -> None:
+        """INT8 is in the last decoder only, so the first one's products stay exact."""
+        bundle = open_bundle(bundles[1])
+        levels = {segment.name: ort.accuracy(bundle, segment) for segment in bundle.manifest.segments}
+        assert {name for name, level in levels.items() if level == 4} == {"decoder_1"}
+        assert ort.INTEGER in load(bundles[1]).pipeline.backend.remarks
 
 
 @pytest.mark.parametrize("precision", INTEGERS)
@@ -235,7 +288,8 @@ class TestFaults:
         bundle = open_bundle(quantized("none", "int4"))
         recipe = read_recipe(bundle)
         other = json.loads(recipe.to_json())
-        other["matrices"][3]["block"] = 16
+        (matrix,) = [m for m in other["matrices"] if m["name"] == "language_model.layers.0.self_attn.o_proj.weight"]
+        matrix["record"]["block"] = 16
         path = tmp_path / "bundle"
         path.mkdir()
         for file in bundle.path.iterdir():

@@ -57,7 +57,7 @@ def test_wheel_holds_every_file(wheel):
         f"tokprune/{path.relative_to(ROOT).as_posix()}"
         for folder in FOLDERS
         for path in (ROOT / folder).rglob("*")
-        if path.suffix in (".py", ".safetensors") or path.parent.name == "checkpoint"
+        if path.suffix in (".py", ".safetensors", ".html", ".css") or path.parent.name == "checkpoint"
     }
     wanted |= {f"tokprune/plugins/{path.relative_to(SOURCES).as_posix()}" for path in source_files()}
     assert "tokprune/plugins/CMakeLists.txt" in wanted

@@ -215,11 +215,13 @@ class TestCommand:
         found = run_json("--model", "7b", "--stage", "2:192", "--stage", "16:64")
         documented = {
             "text_tokens", "visual_tokens", "prefill_tflops", "prefill_tflops_unpruned", "reduction", "segments",
-            "form_a_gflops_per_layer", "form_b_tmacs",
+            "segments_unpruned", "form_a_gflops_per_layer", "form_b_tmacs",
         }  # fmt: skip
         assert documented <= set(found)
         assert (found["text_tokens"], found["visual_tokens"]) == (36, 576)
         assert found["prefill_tflops"] == pytest.approx(sum(found["segments"].values()), rel=1e-12)
+        assert found["prefill_tflops_unpruned"] == pytest.approx(sum(found["segments_unpruned"].values()), rel=1e-12)
+        assert {name for name in found["segments"] if "select" not in name} == set(found["segments_unpruned"])
         rate = found["prefill_tflops"] / found["prefill_tflops_unpruned"]
         assert found["reduction"] == pytest.approx(1 - rate, rel=1e-12)
         # the tower is no part of what a decoder's pruning can save

@@ -143,7 +143,21 @@ class TestPeaks:
         weights = sum(segment.total for segment in plan.weights)
         wider = activation_bytes(SEVEN_B, LOFI, "fp32", Work()).values()
         assert plan.onnxruntime_cpu_bytes == round(1.2 * (2 * weights + sum(caches) + max(caches) + sum(wider)))
-        assert memory_plan(SEVEN_B, LOFI, "int8").onnxruntime_cpu_bytes is None
+        for precision, base, head, tower in (("int4", "fp16", None, None), ("int8", "fp32", "int8", "int8")):
+            rounded = memory_plan(SEVEN_B, LOFI, precision, base=base, head=head, tower=tower)
+            other = memory_plan(SEVEN_B, LOFI, base)
+            # 7B by hand: 32 layers of 4 · 4096² + 3 · 4096 · 11008 weights, their codes, and scales of the base's width
+            count, bits, per_scale = 32 * (4 * 4096**2 + 3 * 4096 * 11008), 4 if precision == "int4" else 8, 128
+            scales = count // per_scale if precision == "int4" else 32 * (5 * 4096 + 2 * 11008)
+            integers = count * bits // 8 + scales * (2 if base == "fp16" else 4)
+            if head:
+                integers += 32064 * 4096 + 4 * 32064
+                tower_weights = 23 * (4 * 1024**2 + 2 * 1024 * 4096) + 1024 * 4096 + 4096**2
+                integers += tower_weights + 4 * (23 * (5 * 1024 + 4096) + 2 * 4096)
+            assert rounded.integers == integers
+            floats = (rounded.weights_bytes - integers) * (2 if base == "fp16" else 1)
+            rest = other.onnxruntime_cpu_bytes - round(1.2 * other.weights_bytes * (2 if base == "fp16" else 1))
+            assert rounded.onnxruntime_cpu_bytes == pytest.approx(1.2 * (integers + floats) + rest, abs=2)
         full = [2 * MIB // 64 * 4096, 30 * MIB // 64 * (4096 - 576 + 64)]  # half a MiB a token for all 32 layers
         assert plan.tensorrt_cache_bytes == sum(full) + max(full)
         assert plan.tensorrt_bytes == weights + sum(full) + max(full) + max(activations)

@@ -6,6 +6,7 @@ There is no GPU here, so CUDA's path runs with the host as the device.
 from __future__ import annotations
 
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -96,3 +97,30 @@ def test_without_onnxruntime(tiny_bundle, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(UserError, match=r"engine 'auto' needs onnxruntime, which is not there .*: pip install"):
         load(tiny_bundle("none"))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+def test_freed_blocks_go_back_to_the_system():
+    """Blocks of 8 MB, every other one freed, after glibc has seen one freed and would raise its threshold."""
+    code = """
+import ctypes
+from tokprune.runtime.ort import OnnxRuntime
+OnnxRuntime()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+def block():
+    found = libc.malloc(8 << 20)
+    ctypes.memset(found, 1, 8 << 20)
+    return found
+libc.free(block())
+before = resident()
+blocks = [block() for _ in range(16)]
+full = resident()
+for each in blocks[::2]:
+    libc.free(each)
+print((full - resident()) / (full - before))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) == pytest.approx(0.5, abs=0.05)

@@ -139,8 +139,11 @@ class TestPath:
             check_overlay_path(tmp_path / parent / "a.png")
 
     def test_unwritable_directory(self, image, tmp_path, monkeypatch):
-        monkeypatch.setattr(overlay.os, "access", lambda *_: False)  # root may write everywhere
-        with pytest.raises(UserError, match="not writable"):
+        def barred(path, *_, **__):
+            raise PermissionError(errno.EACCES, "Permission denied")
+
+        monkeypatch.setattr(Path, "touch", barred)  # root may write everywhere
+        with pytest.raises(UserError, match=r"overlay .*a.png cannot be written \(Permission denied\)"):
             draw_overlay(image, [], GRID, BOX, tmp_path / "a.png")
 
     def test_a_full_disk_leaves_the_old_picture_and_nothing_else(self, image, tmp_path, monkeypatch):

@@ -152,13 +152,15 @@ class TestVerify:
 
 
 class TestBuild:
-    def test_engines_and_their_slot(self) -> None:
+    @pytest.mark.parametrize(("difference", "last"), [(None, "prefill, decode"), (2.7e-6, "2.7e-06")])
+    def test_engines_and_their_slot(self, difference: float | None, last: str) -> None:
         segment = {
             "name": "decoder_0",
             "built": True,
             "bytes": 5_260_000,
             "seconds": 1.66,
             "profiles": ["prefill", "decode"],
+            "difference": difference,
         }
         text = report.build_report(
             {
@@ -171,7 +173,7 @@ class TestBuild:
                 "slot": "bundle/engines/a",
             }
         )
-        assert cells(text)["decoder_0"] == ["yes", "1.7 s", "5.26 MB", "prefill, decode"]
+        assert cells(text)["decoder_0"] == ["yes", "1.7 s", "5.26 MB", last]
         assert text.endswith("tensorrt 10.3.0 for sm87, selector plugin; 5.26 MB in bundle/engines/a")
 
 

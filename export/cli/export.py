@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from tokprune.export.cli.scheme import Asked, scheme_options
 from tokprune.plugins.build import LIBRARY
 from tokprune.runtime import jetson, memory, report
 from tokprune.runtime.engines.targets import JETSON
@@ -27,6 +28,7 @@ from tokprune.runtime.plan import (
     parse_rank,
     parse_stage,
 )
+from tokprune.runtime.recipe import check_head, integer_bytes
 from tokprune.runtime.weights import BASES, PRECISIONS
 
 ANY = "any"
@@ -70,6 +72,8 @@ if TYPE_CHECKING:
     type=click.Choice(BASES),
     help=f"int8, int4: precision of all else. [default: fp32, for {JETSON} fp16]",
 )
+@click.option("--lm-head", "head", type=click.Choice(["int8"]), help="int8, int4: of the head. [default: --base's]")
+@scheme_options
 @click.option(
     "--split-lm-head",
     "head_pieces",
@@ -102,12 +106,14 @@ def command(
     target: str,
     precision: str | None,
     base: str | None,
+    head: str | None,
     head_pieces: int | None,
     max_batch_size: int | None,
     max_input_len: int | None,
     max_kv_cache_capacity: int | None,
     out: Path | None,
     as_json: bool,
+    **scheme: Any,
 ) -> None:
     """Export a LLaVA-1.5 checkpoint to a bundle of ONNX segments, split where visual tokens are pruned."""
     begin = time.perf_counter()
@@ -145,9 +151,17 @@ def command(
             raise UserError(f"--base was given for precision '{precision}': it belongs to int8 and int4 only, drop it")
         base = precision
     base = base or usual
+    check_head(head, precision)
+    asked = Asked(**scheme)
+    if precision in BASES:
+        asked.refuse(f"for precision '{precision}': it belongs to int8 and int4 only, drop it")
+        form = None
+    else:
+        form = asked.form
+        asked.check({"matrices": form}, precision)
     out = out or Path(f"{Path(model).name}-{method}")
     check_out(out)
-    total, done = steps(plan, checkpoint.facts.layers, precision), 0
+    total, done = steps(plan, checkpoint.facts, precision, head, form), 0
 
     def progress(step: str) -> None:
         nonlocal done
@@ -160,11 +174,14 @@ def command(
         out,
         precision=precision,
         base=base,
+        head=head,
         head_pieces=head_pieces or 1,
         progress=progress,
         note=_progress_line,
         modules=modules,
         limits=limits,
+        form=form,
+        scheme=asked.scheme_of,
     )
     seconds = time.perf_counter() - begin
     size = sum(file.size for file in manifest.files)
@@ -186,7 +203,10 @@ def command(
     else:
         kind = report.precision_text({"precision": precision, "base": base})
         click.echo(f"{out}: {plan}; {kind}, {len(manifest.segments)} segments, {size / 1e6:.1f} MB, {seconds:.1f} s")
-    click.echo(report.memory_verdict(jetson.memory_record(memory.from_manifest(manifest))), err=True)
+    click.echo(
+        report.memory_verdict(jetson.memory_record(memory.from_manifest(manifest, integers=integer_bytes(out)))),
+        err=True,
+    )
     if target == JETSON:
         plugins = any(segment.plugin_file for segment in manifest.segments)
         make, use = (

@@ -6,17 +6,23 @@ import contextlib
 import dataclasses
 import json
 import math
+import platform
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import click
 
+from tokprune.runtime import names
 from tokprune.runtime.errors import UserError
+from tokprune.runtime.output import check_file
 from tokprune.runtime.report import verify_report
 from tokprune.runtime.session import ENGINES
+from tokprune.runtime.version import __version__
 
 
 @click.command("verify", epilog="Example: tokprune verify bundle --data questions.jsonl --min-agreement 0.95")
@@ -62,6 +68,13 @@ from tokprune.runtime.session import ENGINES
 )
 @click.option("--threads", default=0, show_default=True, help="CPU threads; 0 lets the engine choose.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option(
+    "--html",
+    type=click.Path(path_type=Path),
+    metavar="OUT",
+    help="Write one page: figures, charts, changed answers with their images.",
+)
+@click.option("--junit", type=click.Path(path_type=Path), metavar="OUT", help="Write the gates as JUnit XML, for CI.")
 def command(
     bundle: Path,
     reference: str | None,
@@ -75,14 +88,18 @@ def command(
     plugins: Path | None,
     threads: int,
     as_json: bool,
+    html: Path | None,
+    junit: Path | None,
     **limits: float | None,
 ) -> int:
     """Compare BUNDLE with PyTorch: parity with the same pruning, consistency with the unpruned original."""
-    from tokprune.runtime.bundle import open_bundle
+    from tokprune.runtime.bundle import open_bundle, sha256
     from tokprune.runtime.chat import Model
     from tokprune.runtime.data import read_samples
     from tokprune.runtime.verification import gates
 
+    started = time.monotonic()
+    _check_outputs(html, junit)
     opened = open_bundle(bundle, check_hashes=True)
     made_from = opened.manifest.source["model"]
     if reference is None and made_from != "demo":
@@ -95,25 +112,64 @@ def command(
             from tokprune.export.truncate import truncate
 
             opened = truncate(opened, layers, stack.enter_context(_beside(bundle)))
+        data_name = str(data)
         if data is None:
             from tokprune.export.demo.scenes import demo_data
 
             data = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "scenes" / "data.jsonl"
             demo_data(24 if limit is None else limit, data.parent, 0)
+            data_name = "the demo model's scenes, seed 0"
         model = Model(opened, engine, threads, plugins)
-        result, lines = _compare(model, source, read_samples(data, limit), max_new_tokens, spectrum_samples, batch_size)
-    result["gates"] = gates(result["parity"], result["consistency"], **limits)
-    result["passed"] = all(gate["passed"] for gate in result["gates"])
-    if as_json:
-        click.echo(json.dumps({**result, "different": lines}))
-    else:
-        click.echo(verify_report(result))
-        for line in lines:
-            click.echo(
-                f"{line['image'] or 'no image'}: {line['prompt']} — PyTorch {line['full']!r}, "
-                f"pruned in PyTorch {line['reference']!r}, engine {line['engine']!r}"
-            )
+        samples = read_samples(data, limit)
+        result, outcomes = _compare(model, source, samples, max_new_tokens, spectrum_samples, batch_size)
+        result["gates"] = gates(result["parity"], result["consistency"], **limits)
+        result["passed"] = all(gate["passed"] for gate in result["gates"])
+        result["compared"] = {
+            "bundle": str(bundle),
+            "manifest_sha256": sha256(bundle / names.MANIFEST_FILE),
+            "reference": source,
+            "data": data_name,
+            "max_new_tokens": max_new_tokens,
+            "batch_size": batch_size,
+            "layers": layers,
+            "versions": _versions(opened.manifest.tools),
+            "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }
+        try:
+            if junit is not None:
+                from tokprune.export.junit import write_junit
+
+                write_junit(junit, result, samples, outcomes, time.monotonic() - started)
+            if html is not None:
+                from tokprune.export.page.document import write_page
+
+                write_page(html, result, samples, outcomes, model)
+        finally:  # a full disk must not cost the result, nor a closed pipe the files
+            _show(result, _different(samples, outcomes), as_json)
     return 0 if result["passed"] else 1
+
+
+def _check_outputs(html: Path | None, junit: Path | None) -> None:
+    """Before the long work: can the files be written that it is to end in?"""
+    if html is not None and junit is not None and html.resolve() == junit.resolve():
+        raise UserError(f"--html and --junit both name {html}: give each a file of its own")
+    for path, what in ((html, "page"), (junit, "JUnit file")):
+        if path is not None:
+            check_file(path, what)
+
+
+def _versions(exported: dict[str, str]) -> dict[str, str]:
+    """What compares, and what the bundle was made with; the engine's is in its name."""
+    import torch
+    import transformers
+
+    return {
+        "tokprune": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        **{f"exported by {tool}": exported[tool] for tool in ("tokprune", "torch") if tool in exported},
+    }
 
 
 @contextlib.contextmanager
@@ -132,8 +188,8 @@ def _beside(bundle: Path) -> Iterator[Path]:
 
 def _compare(
     model: Any, source: str, samples: list[Any], max_new_tokens: int, spectrum_samples: int, batch_size: int
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The comparison's result, and the samples in which any two of the three answers or kept sets differ."""
+) -> tuple[dict[str, Any], list[Any]]:
+    """The comparison's result, and each sample's outcome; with a progress bar."""
     click.echo(f"loading {source} in PyTorch", err=True)
     from tokprune.export.checkpoint import find_checkpoint
     from tokprune.export.verify import verify
@@ -142,7 +198,7 @@ def _compare(
     facts, layers = checkpoint.facts, model.pipeline.facts.layers  # fewer, if the bundle was cut
     checkpoint = dataclasses.replace(checkpoint, facts=dataclasses.replace(facts, layers=min(facts.layers, layers)))
     with click.progressbar(length=len(samples), label="comparing", file=sys.stderr) as bar:
-        result, outcomes = verify(
+        return verify(
             model,
             checkpoint,
             samples,
@@ -151,6 +207,22 @@ def _compare(
             batch_size=batch_size,
             progress=lambda done: bar.update(1),
         )
+
+
+def _show(result: dict[str, Any], lines: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps({**result, "different": lines}))
+        return
+    click.echo(verify_report(result))
+    for line in lines:
+        click.echo(
+            f"{line['image'] or 'no image'}: {line['prompt']} — PyTorch {line['full']!r}, "
+            f"pruned in PyTorch {line['reference']!r}, engine {line['engine']!r}"
+        )
+
+
+def _different(samples: Sequence[Any], outcomes: Sequence[Any]) -> list[dict[str, Any]]:
+    """The samples in which any two of the three answers or kept sets differ."""
     lines: list[dict[str, Any]] = []
     for sample, outcome in zip(samples, outcomes, strict=True):
         difference = outcome.parity.max_abs_logit_diff
@@ -170,4 +242,4 @@ def _compare(
                     "max_abs_logit_diff": difference if math.isfinite(difference) else None,
                 }
             )
-    return result, lines
+    return lines

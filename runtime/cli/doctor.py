@@ -148,7 +148,7 @@ def _export() -> dict[str, Any]:
     if missing:
         reason = f"{', '.join(missing)} not installed: pip install 'tokprune[export]'"
         return {"available": False, "version": None, "reason": reason}
-    return {"available": True, "version": None, "reason": "export, verify, train and demo-data can run"}
+    return {"available": True, "version": None, "reason": "export, verify, train, build --target cpu can run"}
 
 
 def _of(part: int | None, whole: int | None) -> str:

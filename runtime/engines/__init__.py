@@ -8,4 +8,5 @@ slot       where a bundle's engines lie, and which of them fit here
 build      every segment of a bundle
 cuda       the GPU and its memory
 tensorrt   engines behind the runtime's sessions
+fused      slots of ONNX Runtime's own graphs, which are no engines, and their decoders' sessions
 """

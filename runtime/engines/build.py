@@ -75,41 +75,62 @@ def build(
     """
     folder = slot.slot_folder(bundle.path, target.slot)
     plugin_hash = None if plugins is None else sha256(plugins)
+    keys = [
+        (segment, slot.make_key(_inputs(bundle, segment, target, selector, plugin_hash)))
+        for segment in bundle.manifest.segments
+    ]
+
+    def prepare(missing: list[str]) -> None:
+        if not force:
+            _check_memory(bundle, missing)
+        if plugins is None:  # until slot.json is new too, the old one does not fit
+            (folder / slot.PLUGIN_LIBRARY).unlink(missing_ok=True)
+        else:
+            _copy(plugins, folder / slot.PLUGIN_LIBRARY)
+
+    def make(segment: SegmentFacts, key: str, building: Path) -> SegmentEngine:
+        return _build_segment(bundle, segment, key, folder, building, target, selector, plugins, progress)
+
+    built_for = (target.library.name, target.version, target.arch, selector, plugin_hash)
+    return fill_slot(bundle, folder, built_for, keys, make, prepare=prepare, finished=finished)
+
+
+def fill_slot(
+    bundle: Bundle,
+    folder: Path,
+    built_for: tuple[str, str, str, str, str | None],
+    keys: list[tuple[SegmentFacts, str]],
+    make: Callable[[SegmentFacts, str, Path], SegmentEngine],
+    *,
+    prepare: Callable[[list[str]], None] = lambda missing: None,
+    finished: Callable[[SegmentEngine, bool], None] = lambda engine, is_new: None,
+) -> dict[str, Any]:
+    """Make what is missing in the slot ``folder``: of each segment what its key says, then slot.json.
+
+    ``built_for`` are library, version, architecture, selector and hash of the plugins. ``prepare`` hears first what is
+    missing; ``make`` writes a segment into its last argument and moves it. Gives what ``tokprune build --json`` does.
+    """
     begin = time.perf_counter()
     with _locked(folder), _scratch(folder) as building:
         made: dict[str, SegmentEngine] = {}
         missing = []
-        for segment in bundle.manifest.segments:
-            key = slot.make_key(_inputs(bundle, segment, target, selector, plugin_hash))
+        for segment, key in keys:
             found = slot.read_segment(folder / f"{segment.name}.json")
             if found is not None and found.key == key and _is_whole(folder, found):
                 made[segment.name] = found
                 finished(found, False)
             else:
                 missing.append((segment, key))
-        if not force:
-            _check_memory(bundle, [segment.name for segment, _ in missing])
+        prepare([segment.name for segment, _ in missing])
         if missing:
             (folder / slot.FILE).unlink(missing_ok=True)  # until all fit one another again
-        if plugins is None:
-            (folder / slot.PLUGIN_LIBRARY).unlink(missing_ok=True)
-        else:
-            _copy(plugins, folder / slot.PLUGIN_LIBRARY)
         for segment, key in missing:
-            made[segment.name] = _build_segment(
-                bundle, segment, key, folder, building, target, selector, plugins, progress
-            )
+            (folder / f"{segment.name}.json").unlink(missing_ok=True)
+            made[segment.name] = make(segment, key, building)
+            slot.write_json(folder / f"{segment.name}.json", made[segment.name])
             finished(made[segment.name], True)
-        result = Slot(
-            slot.SCHEMA,
-            target.library.name,
-            target.version,
-            target.arch,
-            selector,
-            plugin_hash,
-            slot.manifest_hash(bundle.path),
-            tuple(made[segment.name] for segment in bundle.manifest.segments),
-        )
+        engines = tuple(made[segment.name] for segment, _ in keys)
+        result = Slot(slot.SCHEMA, *built_for, slot.manifest_hash(bundle.path), engines)
         slot.write_json(folder / slot.FILE, result)
     return _record(folder, result, {segment.name for segment, _ in missing}, time.perf_counter() - begin)
 
@@ -153,7 +174,6 @@ def _build_segment(
     name, graph = segment.name, bundle.file(_graph(segment, selector))
     profiles = segment_profiles(bundle.manifest, segment)
     files = {kind: building / f"{name}.{kind}" for kind in ("engine", "log", "layers.json")}
-    (folder / f"{name}.json").unlink(missing_ok=True)
     report = compiler.build(
         graph,
         files["engine"],
@@ -178,7 +198,6 @@ def _build_segment(
     )
     for file in files.values():
         os.replace(file, folder / file.name)
-    slot.write_json(folder / f"{name}.json", engine)
     return engine
 
 
@@ -272,6 +291,7 @@ def _record(folder: Path, result: Slot, built: set[str], seconds: float) -> dict
                 "seconds": each.seconds,
                 "layers": each.layers,
                 "profiles": list(each.profiles),
+                "difference": each.difference,
             }
             for each in result.segments
         ],

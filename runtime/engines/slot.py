@@ -36,6 +36,7 @@ class SegmentEngine:
     seconds: float
     layers: int  # of the network, before fusion
     profiles: Mapping[str, ShapeRanges]  # by name, in the engine's order
+    difference: float | None = None  # from the neutral graph, where that was measured: of its greatest number
 
 
 @dataclass(frozen=True)

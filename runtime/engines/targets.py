@@ -12,8 +12,8 @@ from tokprune.runtime.engines import compiler, cuda
 from tokprune.runtime.engines.versions import RTX, RTX_ARCH, TENSORRT, Library
 from tokprune.runtime.errors import UserError
 
-JETSON, DATACENTER, RTX_CARDS, AUTO = "jetson-orin", "datacenter", "rtx", "auto"
-TARGETS = (JETSON, DATACENTER, RTX_CARDS, AUTO)
+JETSON, DATACENTER, RTX_CARDS, CPU, AUTO = "jetson-orin", "datacenter", "rtx", "cpu", "auto"
+TARGETS = (JETSON, DATACENTER, RTX_CARDS, CPU, AUTO)  # cpu has no engines, its graphs are made by tokprune.export
 ORIN = (8, 7)
 _GET = {
     JETSON: "run this on the Jetson itself, after sudo apt install python3-libnvinfer, in an environment made with "

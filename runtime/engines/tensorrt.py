@@ -16,7 +16,7 @@ updated in place (TensorScatter, TensorRT 10.15) would change it, and need other
 from __future__ import annotations
 
 import mmap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from tokprune.runtime import memory
 from tokprune.runtime.bundle import Bundle
 from tokprune.runtime.engines import cuda, versions
 from tokprune.runtime.engines.cuda import DeviceTensor, Memory
+from tokprune.runtime.engines.fused import LIBRARY as FUSED
 from tokprune.runtime.engines.profiles import DECODE, PREFILL
 from tokprune.runtime.engines.slot import PLUGIN_LIBRARY, SegmentEngine, Slot, misfit, read_slots
 from tokprune.runtime.errors import EnginesMissing, UserError
@@ -45,9 +46,19 @@ class Found:
     gpu: cuda.Gpu
 
 
+def _slots(bundle: Bundle) -> Iterator[tuple[Path, Slot]]:
+    """All but those of ONNX Runtime's graphs."""
+    return ((folder, slot) for folder, slot in read_slots(bundle.path) if slot.library != FUSED)
+
+
+def has_engines(bundle: Bundle) -> bool:
+    """Whether the bundle has engines of TensorRT, whatever they are for. Raises UserError for a damaged slot."""
+    return any(_slots(bundle))
+
+
 def find_engines(bundle: Bundle) -> Found:
     """The bundle's slot for this machine. Raises EnginesMissing saying why none of them fits."""
-    slots = list(read_slots(bundle.path))
+    slots = list(_slots(bundle))
     how = f"build them here with tokprune build {bundle.path}"
     if not slots:
         raise EnginesMissing(f"{bundle.path} has no TensorRT engines: {how}")
