@@ -5,7 +5,7 @@ OUT := demo-out
 # PyTorch's threads would spin while ONNX Runtime's work, and the other way round
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test test-slow plugin-check gpu-check full-size lint clean
+.PHONY: demo test test-slow plugin-check gpu-check full-size peers scaling lint clean
 
 demo: .venv/ready
 	rm -rf $(OUT)
@@ -39,6 +39,16 @@ gpu-check: .venv/ready
 # a 7B checkpoint of random weights: exported, read by NVIDIA's parser, held against PyTorch over its first layers
 full-size: .venv/ready
 	$(BIN)/python benchmarks/full_size.py --size 7b --work full-size
+
+# Our bundles on this machine's CPU beside what one would use instead, into docs/performance.md; WORK keeps all that is
+# made. Peers need environments of their own: PEERS="--peer-python openvino=PATH --peer-python llama=PATH".
+WORK := benchmark-work
+peers: .venv/ready
+	$(BIN)/python benchmarks/peers.py --work $(WORK)/peers $(PEERS) --docs docs/performance.md
+
+# how prefill time grows with kept tokens, prune layer, context and batch, into the same page
+scaling: .venv/ready
+	$(BIN)/python benchmarks/scaling.py --work $(WORK)/scaling --docs docs/performance.md
 
 lint: .venv/ready
 	$(BIN)/ruff check
