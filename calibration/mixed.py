@@ -7,19 +7,18 @@ provider; nothing is written. Knows graphs and sessions; judges nothing.
 
 from __future__ import annotations
 
+import functools
 import time
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import onnx_ir as ir
-import onnxruntime
 
 from tokprune.calibration.pieces import Piece, cut
+from tokprune.calibration.sessions import Sessions
 from tokprune.runtime import names
 from tokprune.runtime.bundle import Bundle
-from tokprune.runtime.errors import UserError
 from tokprune.runtime.manifest import SegmentFacts
 from tokprune.runtime.ort import OnnxRuntime
 from tokprune.runtime.session import Tensor
@@ -55,8 +54,8 @@ class Mixed(OnnxRuntime):
         self.rounded: frozenset[str] = frozenset()
         self.repeats = 0
         self.times: dict[str, Times] = {}
-        self._bundles, self._budget = (base, other), budget
-        self._loaded: OrderedDict[tuple[str, int, int], tuple[int, Any]] = OrderedDict()  # the last used one at the end
+        self._bundles = (base, other)
+        self._sessions = Sessions(budget)
 
     def load(self, bundle: Bundle, segment: SegmentFacts) -> Any:
         if segment.layers is None and segment.name != names.VISION_ENCODER:
@@ -68,30 +67,9 @@ class Mixed(OnnxRuntime):
         self, segment: SegmentFacts, number: int, form: int, piece: Piece, values: Mapping[str, Tensor]
     ) -> list[Tensor]:
         """Outputs of the ``piece`` of that number, in the base's form 0 or the other's form 1."""
-        bundle = self._bundles[form]
-        session = self._session(bundle, segment, (segment.name, number, form), piece)
-        try:
-            return session.run_with_ort_values(list(piece.outputs), {name: values[name] for name in piece.inputs})
-        except Exception as error:  # ONNX Runtime's exceptions have no narrower base
-            where = bundle.file(segment.file)
-            raise UserError(f"ONNX Runtime cannot run {where} ({error}): export the bundle again") from error
-
-    def _session(self, bundle: Bundle, segment: SegmentFacts, at: tuple[str, int, int], piece: Piece) -> Any:
-        if at not in self._loaded:
-            while self._loaded and piece.size + sum(size for size, _ in self._loaded.values()) > self._budget:
-                self._loaded.popitem(last=False)
-            options = self.segment_options(bundle, segment)
-            where = str(bundle.path.resolve())
-            options.add_session_config_entry("session.model_external_initializers_file_folder_path", where)
-            try:
-                found = onnxruntime.InferenceSession(piece.graph, options, providers=["CPUExecutionProvider"])
-            except Exception as error:  # as above
-                raise UserError(
-                    f"ONNX Runtime cannot load {bundle.file(segment.file)} ({error}): export the bundle again"
-                ) from error
-            self._loaded[at] = (piece.size, found)
-        self._loaded.move_to_end(at)
-        return self._loaded[at][1]
+        bundle, at = self._bundles[form], (segment.name, number, form)
+        options = functools.partial(self.segment_options, bundle, segment)
+        return self._sessions.run(bundle, segment, at, piece, options, piece.outputs, values)
 
 
 class _Parts:

@@ -11,16 +11,15 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime
 
 from tokprune.calibration.pieces import Piece, cut
+from tokprune.calibration.sessions import Sessions
 from tokprune.calibration.statistics import FOLDER, ROWS, Statistics, load_statistics, save_statistics
 from tokprune.runtime import names
 from tokprune.runtime.bundle import Bundle, sha256
@@ -151,7 +150,7 @@ class _Observer(OnnxRuntime):
         self.watched = np.ones(0, dtype=bool)
         self._seen, self._seed, self._budget = seen, seed, budget
         self._at = self._calls = 0
-        self._loaded: OrderedDict[tuple[str, int], tuple[int, Any]] = OrderedDict()  # the last used one at the end
+        self._sessions = Sessions(budget)
 
     def begin(self, at: int, size: int) -> None:
         """A batch of ``size`` samples, the first of which is number ``at``."""
@@ -164,27 +163,20 @@ class _Observer(OnnxRuntime):
         model = ir.load(bundle.file(segment.file))
         return _Observed(self, bundle, segment, cut(model, self._budget))
 
-    def session(self, bundle: Bundle, segment: SegmentFacts, number: int, piece: Piece) -> Any:
-        """Of the piece; to make room, others go, those first that were not used for longest."""
+    def run_piece(
+        self, bundle: Bundle, segment: SegmentFacts, number: int, piece: Piece, values: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Outputs and taps of the ``piece`` of that number."""
+        wanted = [*dict.fromkeys([*piece.outputs, *piece.taps])]
         at = (segment.name, number)
-        if at not in self._loaded:
-            while self._loaded and piece.size + sum(size for size, _ in self._loaded.values()) > self._budget:
-                self._loaded.popitem(last=False)
-            options = self._options(1)
-            # What a session gives keeps its arena, with its weights, alive: of a cache, as long as a batch lasts.
-            options.enable_cpu_mem_arena = False
-            options.add_session_config_entry(
-                "session.model_external_initializers_file_folder_path", str(bundle.path.resolve())
-            )
-            try:
-                found = onnxruntime.InferenceSession(piece.graph, options, providers=["CPUExecutionProvider"])
-            except Exception as error:  # ONNX Runtime's exceptions have no narrower base
-                raise UserError(
-                    f"ONNX Runtime cannot load {bundle.file(segment.file)} ({error}): export the bundle again"
-                ) from error
-            self._loaded[at] = (piece.size, found)
-        self._loaded.move_to_end(at)
-        return self._loaded[at][1]
+        found = self._sessions.run(bundle, segment, at, piece, self._piece_options, wanted, values)
+        return dict(zip(wanted, found, strict=True))
+
+    def _piece_options(self) -> Any:
+        options = self._options(1)
+        # What a session gives keeps its arena, with its weights, alive: of a cache, as long as a batch lasts.
+        options.enable_cpu_mem_arena = False
+        return options
 
     def look(self, tensor: str, values: np.ndarray, mask: np.ndarray | None) -> None:
         """``values`` [B, S, C]; ``mask`` [B, S] is 0 for pads. Without one, B are images."""
@@ -208,15 +200,7 @@ class _Observed:
             rows = self._observer.shape(feeds[self._segment.inputs[0].name])[1]
             mask = self._observer.to_host(feeds[names.ATTENTION_MASK])[:, -rows:]
         for number, piece in enumerate(self._pieces):
-            session = self._observer.session(self._bundle, self._segment, number, piece)
-            wanted = [*dict.fromkeys([*piece.outputs, *piece.taps])]
-            try:
-                found = session.run_with_ort_values(wanted, {name: values[name] for name in piece.inputs})
-            except Exception as error:  # as above
-                where = self._bundle.file(self._segment.file)
-                raise UserError(f"ONNX Runtime cannot run {where} ({error}): export the bundle again") from error
-            del session  # before the next one is made
-            values.update(zip(wanted, found, strict=True))
+            values.update(self._observer.run_piece(self._bundle, self._segment, number, piece, values))
             for output, tensor in piece.taps.items():
                 self._observer.look(tensor, self._observer.to_host(values[output]), mask)
                 if output not in piece.outputs:

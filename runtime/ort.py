@@ -6,9 +6,10 @@ domain of its own only, which ours are not in.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,6 @@ class OnnxRuntime:
         """
         import onnxruntime
 
-        _give_back_what_is_freed()
         self._ort = onnxruntime
         self._providers, self._device = _PROVIDERS[engine]
         available = onnxruntime.get_available_providers()
@@ -111,7 +111,7 @@ class OnnxRuntime:
                     "session.model_external_initializers_file_folder_path", str(bundle.path)
                 )
                 model = fused.read_bytes()
-            with without_flash():
+            with giving_back(), without_flash():
                 session = self._ort.InferenceSession(model, options, providers=providers)
         except Exception as error:  # ONNX Runtime's exceptions have no narrower base
             again = "export the bundle again" if fused is None else "build the slot again with tokprune build"
@@ -222,15 +222,23 @@ def may_overflow() -> bool:
         return True
 
 
-def _give_back_what_is_freed() -> None:
-    """Have the C library map blocks from 1 MB on by themselves, so that they go back to the system when they are freed.
+@contextlib.contextmanager
+def giving_back() -> Iterator[None]:
+    """While sessions are made: blocks from 1 MB on are mapped by themselves, and go back to the system when freed.
 
-    glibc raises that size, to 32 MB, once such a block has been freed; the weights that ONNX Runtime converts while it
-    loads then leave gaps: a 7B in INT4 took 8.2 GB with them, 6.1 GB without. Other libraries have no such setting.
+    glibc raises that size, to 32 MB at most, once such a block has been freed; the weights that ONNX Runtime converts
+    while it loads then leave gaps: a 7B in INT4 took 8.2 GB with them, 6.1 GB without. Other libraries have no such
+    setting. Afterwards it is at those 32 MB: glibc does not go back to choosing.
     """
     library = ctypes.CDLL(None)
-    if hasattr(library, "mallopt"):
-        library.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+    if not hasattr(library, "mallopt"):
+        yield
+        return
+    library.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+    try:
+        yield
+    finally:
+        library.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
 
 
 def run_bound(session: Any, feeds: Mapping[str, Any], outputs: Sequence[str], device: str) -> list[Any]:

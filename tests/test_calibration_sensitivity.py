@@ -99,8 +99,8 @@ class TestMix:
         few = Trial(*bundles[:2], samples[:2])
         few.answer(lambda: None)
         assert small.difference(["layers.1"], lambda: None) == few.difference(["layers.1"], lambda: None)
-        assert len(small.mixed._loaded) == 1
-        assert len(few.mixed._loaded) > LAYERS
+        assert len(small.mixed._sessions._loaded) == 1
+        assert len(few.mixed._sessions._loaded) > LAYERS
         small.close()
         few.close()
 

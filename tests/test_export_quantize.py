@@ -201,7 +201,8 @@ class TestHead:
     """``lm_head`` in INT8, whole and in pieces."""
 
     @pytest.fixture(scope="class")
-    def bundles(self, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    @classmethod
+    def bundles(cls, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         folder, checkpoint = tmp_path_factory.mktemp("heads"), find_checkpoint(str(tiny_checkpoint))
         for pieces in (1, 3):
             path = folder / str(pieces)
