@@ -58,8 +58,8 @@ def size(count: float | None) -> str:
 
 
 def percent(value: float | None, interval: Sequence[float] | None = None) -> str:
-    """A share as a percentage, with its 95 % interval where there is one: 93.8 % [91.2, 96.1]."""
-    text = _optional(value, lambda v: f"{100 * v:.1f} %")
+    """A share as a percentage, with its 95 % interval where there is one: 93.8 % [91.2, 96.1]. 100.0 % is all of it."""
+    text = _optional(value, lambda v: "99.9 %" if 0.999 < v < 1 else f"{100 * v:.1f} %")
     return text if interval is None else f"{text} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
 
 

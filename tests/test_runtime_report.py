@@ -59,6 +59,7 @@ class TestUnits:
         assert report.percent(0.9375) == "93.8 %"
         assert report.percent(0.9375, [0.9, 0.97]) == "93.8 % [90.0, 97.0]"
         assert report.percent(None) == "-"
+        assert [report.percent(1999 / 2000), report.percent(1.0)] == ["99.9 %", "100.0 %"]  # one differs, none does
 
     def test_megabytes_and_number(self) -> None:
         assert (report.megabytes(1234.6), report.number(0.000123456)) == ("1235 MB", "0.0001235")
