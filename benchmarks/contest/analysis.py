@@ -75,13 +75,7 @@ def row(
     read = last["decode_bytes"] + caches
     times = {key: spread(answer[key] for answer in answers) for key in ("ttft", "vision", "prefill", "decode")}
     found: Row = {
-        "name": contestant.name,
-        "precision": contestant.precision,
-        "computes": contestant.computes,
-        "pruning": str(contestant.pruning),
-        "is_ours": contestant.is_ours,
-        "note": contestant.note,
-        "reason": None,
+        **missing(contestant, None),
         "versions": rounds[-1]["versions"],
         "facts": last,
         **{f"{key}_ms": value for key, value in times.items()},
@@ -106,7 +100,8 @@ def row(
     return found
 
 
-def missing(contestant: Contestant, reason: str) -> Row:
+def missing(contestant: Contestant, reason: str | None) -> Row:
+    """What is known of a contestant before it runs, and why it does not; None where it does."""
     return {
         "name": contestant.name,
         "precision": contestant.precision,
