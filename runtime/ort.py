@@ -21,7 +21,7 @@ from tokprune.runtime.engines.profiles import segment_profiles
 from tokprune.runtime.engines.slot import FOLDER as ENGINES
 from tokprune.runtime.errors import UserError
 from tokprune.runtime.manifest import SegmentFacts
-from tokprune.runtime.recipe import read_recipe, segment_of
+from tokprune.runtime.recipe import Recipe, Record, read_recipe, segment_of
 from tokprune.runtime.session import ONNXRUNTIME, Session
 
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
@@ -95,13 +95,14 @@ class OnnxRuntime:
         self._plugins = plugins
         self._threads = threads
         self._slot = slot
+        self._recipes: dict[Path, Recipe | None] = {}
 
     def load(self, bundle: Bundle, segment: SegmentFacts) -> Session:
         fused = None if self._slot is None else self._slot.graph(segment.name)
         path = fused or bundle.file(segment.file)
         providers = [(name, self._provider_options(name, bundle, segment)) for name in self._providers]
         is_fused = fused is not None
-        if accuracy(bundle, segment, is_fused) == 4 and INTEGER not in self.remarks:
+        if _accuracy(self._rounded(bundle, segment), is_fused) == 4 and INTEGER not in self.remarks:
             self.remarks += (INTEGER,)
         try:
             options = self.segment_options(bundle, segment, is_fused)
@@ -127,10 +128,19 @@ class OnnxRuntime:
 
     def segment_options(self, bundle: Bundle, segment: SegmentFacts, is_fused: bool = False) -> Any:
         """Of a session that runs the segment, or a part of it."""
-        options = self._options(accuracy(bundle, segment, is_fused))
-        if _rounds_activations(bundle, segment):
+        rounded = self._rounded(bundle, segment)
+        options = self._options(_accuracy(rounded, is_fused))
+        if any(record.activation is not None for record in rounded):
             _keep_pairs(options)
         return options
+
+    def _rounded(self, bundle: Bundle, segment: SegmentFacts) -> list[Record]:
+        """Of the segment's matrices that became integers. A bundle's recipe is read once."""
+        if bundle.path not in self._recipes:
+            self._recipes[bundle.path] = read_recipe(bundle)
+        recipe = self._recipes[bundle.path]
+        matrices = () if recipe is None else recipe.rounded
+        return [each.record for each in matrices if segment_of(each.name, bundle.manifest) == segment.name]
 
     def _options(self, accuracy: int) -> Any:
         options = self._ort.SessionOptions()
@@ -179,23 +189,11 @@ class _Session:
         return dict(zip(outputs, values, strict=True))
 
 
-def accuracy(bundle: Bundle, segment: SegmentFacts, is_fused: bool = False) -> int:
-    """The greatest level that the segment's matrices need, but for those whose activations the graph itself rounds."""
-    recipe = read_recipe(bundle)
-    if recipe is None:
-        return ACCURACY["int4"]
-    own = (matrix.record for matrix in recipe.rounded if segment_of(matrix.name, bundle.manifest) == segment.name)
+def _accuracy(rounded: Sequence[Record], is_fused: bool) -> int:
+    """The greatest level that matrices need, but for those whose activations the graph itself rounds."""
     levels = FUSED_ACCURACY if is_fused else ACCURACY
-    return max((levels[record.precision] for record in own if record.activation is None), default=ACCURACY["int4"])
-
-
-def _rounds_activations(bundle: Bundle, segment: SegmentFacts) -> bool:
-    """Whether a graph rounds to INT8 what some of its matrices are multiplied with."""
-    recipe = read_recipe(bundle)
-    if recipe is None:
-        return False
-    rounded = (matrix.name for matrix in recipe.rounded if matrix.record.activation is not None)
-    return any(segment_of(name, bundle.manifest) == segment.name for name in rounded)
+    needed = (levels[record.precision] for record in rounded if record.activation is None)
+    return max(needed, default=ACCURACY["int4"])
 
 
 def _keep_pairs(options: Any) -> None:

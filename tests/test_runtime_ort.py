@@ -51,11 +51,12 @@ class TestProviders:
             load(tiny_bundle("none"), engine=engine)
 
     @pytest.mark.filterwarnings("ignore:Specified provider")
-    def test_that_does_not_start(self, tiny_bundle, monkeypatch, engine, provider):
+    def test_that_does_not_start(self, tiny_bundle, tmp_path, monkeypatch, engine, provider):
         """ONNX Runtime goes on with the CPU; we do not."""
         monkeypatch.setattr("onnxruntime.get_available_providers", lambda: [provider, "CPUExecutionProvider"])
+        path = shutil.copytree(tiny_bundle("none"), tmp_path / "bundle")  # the provider's cache has a folder there
         with pytest.raises(UserError, match=f"{provider} did not start, CPUExecutionProvider would run vision_encoder"):
-            load(tiny_bundle("none"), engine=engine)
+            load(path, engine=engine)
 
 
 def test_the_tensorrt_providers_cache_has_a_parent(tiny_bundle, tmp_path, monkeypatch):
