@@ -11,8 +11,8 @@ import onnxruntime
 from tokprune.calibration.pieces import Piece
 from tokprune.runtime.bundle import Bundle
 from tokprune.runtime.errors import UserError
+from tokprune.runtime.making import making_sessions
 from tokprune.runtime.manifest import SegmentFacts
-from tokprune.runtime.ort import giving_back
 from tokprune.runtime.session import Tensor
 
 
@@ -54,7 +54,7 @@ class Sessions:
             chosen = options()
             folder = str(bundle.path.resolve())
             chosen.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
-            with giving_back():
+            with making_sessions():
                 session = onnxruntime.InferenceSession(piece.graph, chosen, providers=["CPUExecutionProvider"])
             self._loaded[at] = (piece.size, session)
         self._loaded.move_to_end(at)

@@ -62,7 +62,7 @@ def mcnemar_p(lost: int, won: int) -> float:
     return min(1.0, 2 * tail / 2**discordant)
 
 
-def bootstrap_interval(values: ArrayLike) -> tuple[float, float]:
+def bootstrap_interval(values: ArrayLike, resamples: int = RESAMPLES) -> tuple[float, float]:
     """Percentile bootstrap 95 % interval of the mean of ``values`` [n], samples drawn with replacement.
 
     It has no width when all values are equal: see ``wilson_interval``. Raises ValueError without values.
@@ -73,8 +73,8 @@ def bootstrap_interval(values: ArrayLike) -> tuple[float, float]:
     generator = np.random.default_rng(SEED)
     block = max(1, 2**20 // array.size)  # resamples at a time, so that memory stays small
     means = [
-        array[generator.integers(array.size, size=(min(block, RESAMPLES - start), array.size))].mean(axis=1)
-        for start in range(0, RESAMPLES, block)
+        array[generator.integers(array.size, size=(min(block, resamples - start), array.size))].mean(axis=1)
+        for start in range(0, resamples, block)
     ]
     low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
     return float(low), float(high)

@@ -6,25 +6,25 @@ domain of its own only, which ours are not in.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
+import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tokprune.runtime.bundle import Bundle
-from tokprune.runtime.engines.fused import Found, FusedDecoder, find_fused, without_flash
+from tokprune.runtime.engines.fused import Found, FusedDecoder, find_fused
 from tokprune.runtime.engines.profiles import segment_profiles
 from tokprune.runtime.engines.slot import FOLDER as ENGINES
 from tokprune.runtime.errors import UserError
+from tokprune.runtime.making import making_sessions
 from tokprune.runtime.manifest import SegmentFacts
 from tokprune.runtime.recipe import Recipe, Record, read_recipe, segment_of
 from tokprune.runtime.session import ONNXRUNTIME, Session
 
-_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 # engine: the provider that must run it, those behind it for what it leaves, the memory that tensors are in
 _PROVIDERS = {
@@ -97,22 +97,28 @@ class OnnxRuntime:
         self._slot = slot
         self._recipes: dict[Path, Recipe | None] = {}
 
+    def load_all(self, bundle: Bundle, segments: Sequence[SegmentFacts]) -> list[Session]:
+        """On a CPU as many at once as there are threads: to pack weights is a core's work, and memory's."""
+        for segment in segments:
+            self._remark(bundle, segment)
+        threads = self._threads or os.cpu_count() or 1
+        with making_sessions(), ThreadPoolExecutor(threads if self._device == "cpu" else 1) as pool:
+            return list(pool.map(lambda segment: self.load(bundle, segment), segments))
+
     def load(self, bundle: Bundle, segment: SegmentFacts) -> Session:
+        self._remark(bundle, segment)
         fused = None if self._slot is None else self._slot.graph(segment.name)
         path = fused or bundle.file(segment.file)
         providers = [(name, self._provider_options(name, bundle, segment)) for name in self._providers]
-        is_fused = fused is not None
-        if _accuracy(self._rounded(bundle, segment), is_fused) == 4 and INTEGER not in self.remarks:
-            self.remarks += (INTEGER,)
         try:
-            options = self.segment_options(bundle, segment, is_fused)
+            options = self.segment_options(bundle, segment, fused is not None)
             model: Path | bytes = path
             if fused is not None:  # its weights are the bundle's, which only a graph from memory may have elsewhere
                 options.add_session_config_entry(
                     "session.model_external_initializers_file_folder_path", str(bundle.path)
                 )
                 model = fused.read_bytes()
-            with giving_back(), without_flash():
+            with making_sessions():
                 session = self._ort.InferenceSession(model, options, providers=providers)
         except Exception as error:  # ONNX Runtime's exceptions have no narrower base
             again = "export the bundle again" if fused is None else "build the slot again with tokprune build"
@@ -125,6 +131,11 @@ class OnnxRuntime:
         if fused is not None and segment.layers is not None:
             return FusedDecoder(self._ort, session, segment, path)
         return _Session(session, path, self._device)
+
+    def _remark(self, bundle: Bundle, segment: SegmentFacts) -> None:
+        is_fused = self._slot is not None and self._slot.graph(segment.name) is not None
+        if _accuracy(self._rounded(bundle, segment), is_fused) == 4 and INTEGER not in self.remarks:
+            self.remarks += (INTEGER,)
 
     def segment_options(self, bundle: Bundle, segment: SegmentFacts, is_fused: bool = False) -> Any:
         """Of a session that runs the segment, or a part of it."""
@@ -218,25 +229,6 @@ def may_overflow() -> bool:
         return "vnni" not in Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return True
-
-
-@contextlib.contextmanager
-def giving_back() -> Iterator[None]:
-    """While sessions are made: blocks from 1 MB on are mapped by themselves, and go back to the system when freed.
-
-    glibc raises that size, to 32 MB at most, once such a block has been freed; the weights that ONNX Runtime converts
-    while it loads then leave gaps: a 7B in INT4 took 8.2 GB with them, 6.1 GB without. Other libraries have no such
-    setting. Afterwards it is at those 32 MB: glibc does not go back to choosing.
-    """
-    library = ctypes.CDLL(None)
-    if not hasattr(library, "mallopt"):
-        yield
-        return
-    library.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
-    try:
-        yield
-    finally:
-        library.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
 
 
 def run_bound(session: Any, feeds: Mapping[str, Any], outputs: Sequence[str], device: str) -> list[Any]:

@@ -74,8 +74,9 @@ class Pipeline:
 
     def load(self) -> None:
         """Make all sessions now, so that no first call pays for it."""
-        for segment in self.manifest.segments:
-            self._session(segment.name)
+        missing = [segment for segment in self.manifest.segments if segment.name not in self._sessions]
+        sessions = self.backend.load_all(self.bundle, missing)
+        self._sessions.update(zip((segment.name for segment in missing), sessions, strict=True))
 
     def new_state(self, batch: int = 1) -> State:
         """``batch`` empty sequences. Raises UserError if there are none, or more than the bundle is made for."""

@@ -5,6 +5,7 @@ There is no GPU here, so CUDA's path runs with the host as the device.
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from tokprune.runtime import UserError, ort
 from tokprune.runtime.bundle import open_bundle
 from tokprune.runtime.chat import load
+from tokprune.runtime.making import NO_FLASH, making_sessions
 from tokprune.runtime.pipeline import Meter
 from tokprune.runtime.session import make_backend
 
@@ -105,7 +107,7 @@ def test_freed_blocks_go_back_to_the_system_while_sessions_are_made():
     """Blocks of 8 MB, every other one freed, after glibc has seen one freed and would raise its threshold."""
     code = """
 import ctypes
-from tokprune.runtime.ort import giving_back
+from tokprune.runtime.making import making_sessions
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
 def resident():
@@ -115,7 +117,7 @@ def block():
     ctypes.memset(found, 1, 8 << 20)
     return found
 libc.free(block())
-with giving_back():
+with making_sessions():
     before = resident()
     blocks = [block() for _ in range(16)]
     full = resident()
@@ -125,3 +127,16 @@ with giving_back():
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(done.stdout) == pytest.approx(0.5, abs=0.05)
+
+
+def test_flash_attention_is_off_until_the_last_session_is_made(monkeypatch):
+    monkeypatch.delenv(NO_FLASH, raising=False)
+    with making_sessions():
+        with making_sessions():
+            assert os.environ[NO_FLASH] == "1"
+        assert os.environ[NO_FLASH] == "1"
+    assert NO_FLASH not in os.environ
+    monkeypatch.setenv(NO_FLASH, "0")
+    with making_sessions():
+        assert os.environ[NO_FLASH] == "0"
+    assert os.environ[NO_FLASH] == "0"

@@ -12,9 +12,7 @@ that no mask is needed, however the sequences of a batch are padded:
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +28,6 @@ from tokprune.runtime.manifest import SegmentFacts
 LIBRARY, ARCH = "onnxruntime", "cpu"
 LENGTHS, TOTAL = "seqlens_k", "total_sequence_length"  # rows that each sequence has behind the call, less 1; the most
 PIECE = 256  # rows
-# ONNX Runtime reads it when it makes a session. In its flash form the operator takes 22 ms where it else takes 14, for
-# 616 rows of 16 heads in such pieces (docs/log.md); what it would save, [heads, piece, rows so far], is small.
-NO_FLASH = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 GROWTH = 64  # rows of room that a cache gets at least when it grows, else a quarter of what it holds
 
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -62,19 +57,6 @@ def find_fused(bundle: Bundle, version: str) -> tuple[Found | None, tuple[str, .
                 f"{folder.name} is not used, {reason}: build it again with tokprune build {bundle.path} --target cpu"
             )
     return None, tuple(remarks)
-
-
-@contextlib.contextmanager
-def without_flash() -> Iterator[None]:
-    """While a session is made; what the user has set stays."""
-    if NO_FLASH in os.environ:
-        yield
-        return
-    os.environ[NO_FLASH] = "1"
-    try:
-        yield
-    finally:
-        del os.environ[NO_FLASH]
 
 
 @dataclass

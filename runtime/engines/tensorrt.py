@@ -32,6 +32,7 @@ from tokprune.runtime.engines.profiles import DECODE, PREFILL
 from tokprune.runtime.engines.slot import PLUGIN_LIBRARY, SegmentEngine, Slot, misfit, read_slots
 from tokprune.runtime.errors import EnginesMissing, UserError
 from tokprune.runtime.manifest import SegmentFacts
+from tokprune.runtime.session import Session
 
 NO_GRAPH = "decode steps are launched kernel by kernel, not as a CUDA graph: the caches' shapes grow with each"
 
@@ -118,6 +119,9 @@ class TensorRt:
             versions.load_plugins(self._trt, self._folder / PLUGIN_LIBRARY)
         self._logger = _logger(self._trt)
         self._runtime = self._trt.Runtime(self._logger)
+
+    def load_all(self, bundle: Bundle, segments: Sequence[SegmentFacts]) -> list[Session]:
+        return [self.load(bundle, segment) for segment in segments]
 
     def load(self, bundle: Bundle, segment: SegmentFacts) -> _Session:
         engine = self._slot.segment(segment.name)
