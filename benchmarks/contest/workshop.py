@@ -87,7 +87,8 @@ class Workshop:
         pruning, precision = contestant.pruning, contestant.precision
         base = self._made(self.work / "made" / f"{pruning}-fp32", self._sources, lambda to: self._export(pruning, to))
         if precision != "fp32":
-            command = [*TOKPRUNE, "quantize", base["path"], "--precision", precision, "--out"]
+            # the head too, as OpenVINO and llama.cpp have it
+            command = [*TOKPRUNE, "quantize", base["path"], "--precision", precision, "--lm-head", "int8", "--out"]
             out = self.work / "made" / f"{pruning}-{precision}"
             mine = self._made(out, self._sources, lambda to: self._tokprune([*command, str(to)], out.name))
             base = _steps(base, mine)
