@@ -82,6 +82,20 @@ class Engine:
         """Token ids of the sample's prompt, image tokens expanded."""
         return self._model.prompt(sample.prompt, len(sample.images))
 
+    def greedy(self, samples: Sequence[Sample]) -> list[list[int]]:
+        """Greedy tokens of each sample."""
+        eos, limit = self._model.pipeline.facts.eos_token_ids, self._max_new_tokens
+        state, logits, _ = self._prefill(samples)
+        answers: list[list[int]] = [[] for _ in samples]
+        goes_on = [_goes_on(tokens, row, eos, limit) for tokens, row in zip(answers, logits, strict=True)]
+        while any(goes_on):
+            logits = self._step(state, [tokens[-1] for tokens in answers])
+            goes_on = [
+                alive and _goes_on(tokens, row, eos, limit)
+                for alive, tokens, row in zip(goes_on, answers, logits, strict=True)
+            ]
+        return answers
+
     def forced(self, samples: Sequence[Sample], tokens: Sequence[list[int]]) -> list[tuple[np.ndarray, list[Pruned]]]:
         """Of each sample the logits [T, V] in front of each of its ``tokens`` [T], which it is fed; what was pruned."""
         state, logits, pruned = self._prefill(samples)
@@ -99,27 +113,13 @@ class Engine:
         found = list(forced)
         others = [i for i, rows in enumerate(logits) if rows.argmax(axis=-1).tolist() != forced[i]]
         if others:
-            for i, tokens in zip(others, self._run([samples[i] for i in others]), strict=True):
+            for i, tokens in zip(others, self.greedy([samples[i] for i in others]), strict=True):
                 found[i] = tokens
         return found
 
     def text(self, tokens: list[int]) -> str:
         """The answer that ``tokens`` spell."""
         return self._model.tokenizer.decode(tokens).strip()
-
-    def _run(self, samples: Sequence[Sample]) -> list[list[int]]:
-        """Greedy tokens of each sample."""
-        eos, limit = self._model.pipeline.facts.eos_token_ids, self._max_new_tokens
-        state, logits, _ = self._prefill(samples)
-        answers: list[list[int]] = [[] for _ in samples]
-        goes_on = [_goes_on(tokens, row, eos, limit) for tokens, row in zip(answers, logits, strict=True)]
-        while any(goes_on):
-            logits = self._step(state, [tokens[-1] for tokens in answers])
-            goes_on = [
-                alive and _goes_on(tokens, row, eos, limit)
-                for alive, tokens, row in zip(goes_on, answers, logits, strict=True)
-            ]
-        return answers
 
     def _prefill(self, samples: Sequence[Sample]) -> tuple[State, np.ndarray, list[list[Pruned]]]:
         """The sequences, the logits [B, V] of their last rows, and what was pruned of each."""
