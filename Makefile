@@ -18,7 +18,7 @@ demo: .venv/ready
 		--prompt "How many digits are there?" --prompt "Which digit is highest?" --overlay $(OUT)/kept.png
 
 # What needs NVIDIA's headers or a GPU is left to plugin-check and gpu-check. Most tests use one core, so files are
-# tested side by side; each process makes the fixtures of a session for itself.
+# tested side by side; each process makes the fixtures of a session for itself, but shares the graphs that it traced.
 test: .venv/ready lint
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile -m "not slow and not plugin and not gpu"
 

@@ -12,6 +12,7 @@ import pytest
 from commands import Result, listing
 from PIL import Image
 
+from tokprune.runtime.manifest import Manifest
 from tokprune.runtime.plan import Module, Plan, Rank, Stage, make_plan
 
 LAYERS, TOKENS, CONTEXT = 3, 16, 128  # images of 56 pixels in patches of 14
@@ -149,22 +150,46 @@ def recast_checkpoint(source: Path, path: Path, dtype, change: Callable[[dict], 
 
 
 @pytest.fixture(scope="session")
+def graphs_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """Where the session's processes keep what they have traced."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "traced"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def export_traced(graphs_folder: Path) -> Callable[..., Manifest]:
+    """`export` for tests of what comes after tracing: no segment is traced that was traced in this session."""
+    from traces import SharedGraphs
+
+    return SharedGraphs(graphs_folder).export
+
+
+@pytest.fixture
+def traced(export_traced: Callable[..., Manifest], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line's exports are `export_traced`."""
+    from tokprune.export import pipeline
+
+    monkeypatch.setattr(pipeline, "export", export_traced)
+
+
+@pytest.fixture(scope="session")
 def tiny_bundle(
-    tiny_checkpoint: Path, tiny_modules: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Path]:
-    """Gives the bundle of one of ``PLANS``, to be read only: copy it before changing anything."""
+    tiny_checkpoint: Path, tiny_modules: Path, export_traced, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """Gives the bundle of one of ``PLANS`` in a precision, to be read only: copy it before changing anything."""
     from tokprune.export.checkpoint import find_checkpoint
     from tokprune.export.lvpruning.modules import load_modules
-    from tokprune.export.pipeline import Graphs, export
 
     folder = tmp_path_factory.mktemp("bundles")
-    graphs: Graphs = {}  # plans share segments of the one model, and tracing one takes seconds
 
     @functools.cache
-    def bundle(plan: str) -> Path:
+    def bundle(plan: str, precision: str = "fp32") -> Path:
         modules = load_modules(tiny_modules) if PLANS[plan].method == "lvpruning" else None
-        export(find_checkpoint(str(tiny_checkpoint)), PLANS[plan], folder / plan, graphs=graphs, modules=modules)
-        return folder / plan
+        out = folder / precision / plan
+        export_traced(find_checkpoint(str(tiny_checkpoint)), PLANS[plan], out, precision=precision, modules=modules)
+        return out
 
     return bundle
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from study import analysis, grid, measure, plots, tables
 
 from tokprune.export.checkpoint import find_checkpoint
 from tokprune.runtime import UserError
+from tokprune.runtime.manifest import Manifest
 from tokprune.runtime.metrics import mcnemar_p
 
 FORMS = ["digit", "color"]
@@ -69,11 +71,13 @@ class TestRun:
     def test_a_second_run_does_no_work(
         self,
         tiny_checkpoint: Path,
+        export_traced: Callable[..., Manifest],
         tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str],
     ) -> None:
         monkeypatch.setattr(measure, "ROUNDS", 1)
+        monkeypatch.setattr(measure, "export", export_traced)
         page = tmp_path / "page.md"
         page.write_text("<!-- table:results -->\nold\n<!-- end -->\n")
         arguments = ["--work", str(tmp_path / "work"), "--model", str(tiny_checkpoint), "--questions", "4"]

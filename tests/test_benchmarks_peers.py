@@ -70,6 +70,8 @@ class TestBars:
             row("lofi-2-64-fp32-slot", turn(2000, 2500, 38)),
             row("none-int8-slot", turn(2000, 10000, 16)),
             row("none-int4-slot", turn(2000, 10000, 10)),
+            row("none-w8a8-slot", turn(1000, 1000, 18, 1.8e9)),
+            row("lofi-2-64-w8a8-slot", turn(1000, 300, 15, 1.7e9)),
             row("pytorch", turn(2500, 12000, 60, 3e9)),
             row("pytorch-fastv-2-64", turn(2500, 2600, 55)),
             row("openvino-fp32", turn(1900, 9000, 36, 2e9)),
@@ -85,6 +87,10 @@ class TestBars:
         assert met["decode FP32 at full context, against the best FP32 peer"] is False
         assert met["decode INT8 against OpenVINO INT8"] is True
         assert met["decode INT4 against our INT8"] is True
+        assert met["decode W8A8 against OpenVINO INT8"] is False
+        assert met["time to first token W8A8, none, against OpenVINO INT8"] is False
+        assert met["time to first token W8A8, lofi 2:64, against OpenVINO INT8"] is True
+        assert met["peak memory, generation included, INT8, against the leanest peer"] is True
         assert met["peak memory, generation included, of weights + KV + largest activation"] is True
         assert met["peak memory, generation included, FP32, against the leanest peer"] is False
         assert met["bundle to ready, warm, the slowest of ours"] is True

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import shutil
 
 import numpy as np
@@ -158,6 +159,8 @@ def test_features_are_shared_where_the_encoder_is_the_same(folder, tiny_bundle, 
     digest = quantised.tower_digest(base, "engine")
     assert quantised.tower_digest(other, "engine") == digest
     assert quantised.tower_digest(base, "engine, fused graphs") != digest
+    linked = open_bundle(shutil.copytree(folder / "copy", tmp_path / "linked", copy_function=os.link))
+    assert quantised.tower_digest(linked, "engine") == digest
     [*weights] = ir.load(other.file("vision_encoder.onnx")).graph.initializers.values()
     weight = weights[-1].const_value
     with open(weight.path, "r+b") as file:

@@ -19,7 +19,7 @@ from tokprune.runtime.plan import Stage, lvpruning_stages
 
 
 @pytest.fixture
-def export(call, tiny_checkpoint):
+def export(call, traced, tiny_checkpoint):
     return lambda *args: call("export", "--model", tiny_checkpoint, "--method", "lvpruning", *args)
 
 

@@ -14,7 +14,7 @@ from tokprune.runtime.bundle import open_bundle
         ("none", [], "fp32", None),
     ],
 )
-def test_target(call, tiny_checkpoint, tmp_path, method, options, precision, words):
+def test_target(call, traced, tiny_checkpoint, tmp_path, method, options, precision, words):
     rest = ["--rank", "4", "--layer", "1", "--keep", "4"] if method == "lofi" else []
     result = call("export", "--model", tiny_checkpoint, "--method", method, "--out", "bundle", *rest, *options)
     assert result.code == 0, result

@@ -48,7 +48,7 @@ def test_kill(tiny_checkpoint, tiny_bundle, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
-def test_full_disk(call, tiny_checkpoint, tmp_path):
+def test_full_disk(call, traced, tiny_checkpoint, tmp_path):
     """A file system of its own that fills up while weights are written."""
     small = tmp_path / "small"
     small.mkdir()

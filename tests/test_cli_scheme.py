@@ -93,7 +93,7 @@ class TestQuantize:
 
 
 class TestExport:
-    def test_in_one_go(self, call, tiny_checkpoint, base: Path, data: Path, tmp_path: Path) -> None:
+    def test_in_one_go(self, call, traced, tiny_checkpoint, base: Path, data: Path, tmp_path: Path) -> None:
         """The same bytes as in two steps."""
         plan = ("--model", tiny_checkpoint, "--method", "random", "--keep", "5", "--layer", "1", "--seed", "7")
         options = ("--precision", "int8", "--scheme", "smoothquant", "--data", data)

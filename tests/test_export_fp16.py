@@ -14,7 +14,6 @@ from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 from tokprune.export.checkpoint import find_checkpoint, load_model
-from tokprune.export.pipeline import export
 from tokprune.export.reference import Seen, choose
 from tokprune.runtime import metrics, names
 from tokprune.runtime.bundle import read_manifest
@@ -45,10 +44,10 @@ def plant(tensors: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.fixture(scope="module")
-def planted(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory):
+def planted(tiny_checkpoint: Path, export_traced, tmp_path_factory: pytest.TempPathFactory):
     path = tmp_path_factory.mktemp("planted")
     checkpoint = find_checkpoint(str(recast_checkpoint(tiny_checkpoint, path / "model", torch.float16, plant)))
-    export(checkpoint, PLAN, path / "bundle", precision="fp16")
+    export_traced(checkpoint, PLAN, path / "bundle", precision="fp16")
     return checkpoint, path / "bundle"
 
 

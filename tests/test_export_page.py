@@ -7,21 +7,18 @@ import dataclasses
 import errno
 import io
 import itertools
-import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import NamedTuple
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from pages import Page
 from PIL import Image
 
 from tokprune.export.checkpoint import find_checkpoint
 from tokprune.export.page import document
 from tokprune.export.page.document import PICTURES, SHOWN, render_page, write_page
-from tokprune.export.page.flips import Flip
 from tokprune.export.verify import Outcome, verify
 from tokprune.runtime import report
 from tokprune.runtime.chat import Model, load
@@ -29,7 +26,6 @@ from tokprune.runtime.data import Sample
 from tokprune.runtime.errors import UserError
 from tokprune.runtime.verification import consistency_summary, gates
 
-VOID = {"meta", "img", "wbr", "link"}
 COMPARED = {
     "bundle": "some/bundle",
     "manifest_sha256": "ab" * 32,
@@ -41,42 +37,6 @@ COMPARED = {
     "versions": {"tokprune": "1.2.3", "torch": "4.5.6"},
     "finished": "2026-01-02T03:04:05+00:00",
 }
-
-
-class Page(HTMLParser):
-    """Holds tags against one another while it reads; ``tags`` are (name, attributes, the text within)."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict, list[str]]] = []
-        self._open: list[tuple[str, dict, list[str]]] = []
-        assert text.startswith("<!DOCTYPE html>")
-        self.feed(text)
-        self.close()
-        assert self._open == []
-
-    def handle_starttag(self, tag, attrs):
-        assert len(dict(attrs)) == len(attrs), f"<{tag}> has an attribute twice"
-        self.tags.append((tag, dict(attrs), []))
-        if tag not in VOID:
-            self._open.append(self.tags[-1])
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs), []))
-
-    def handle_endtag(self, tag):
-        assert self._open, f"</{tag}> closes nothing"
-        assert self._open.pop()[0] == tag
-
-    def handle_data(self, data):
-        for _, _, texts in self._open:
-            texts.append(data)
-
-    def all(self, *names: str) -> list[tuple[dict, str]]:
-        return [(attrs, " ".join("".join(texts).split())) for tag, attrs, texts in self.tags if tag in names]
-
-    def texts(self, *names: str) -> list[str]:
-        return [text for _, text in self.all(*names)]
 
 
 class Verified(NamedTuple):
@@ -374,10 +334,6 @@ class TestFile:
         assert (tmp_path / "a.html").read_bytes() == b"old"
 
 
-def a_flip(sample: Sample, outcome: Outcome) -> Flip:
-    return Flip(1, "changed", sample, outcome, 0.5)
-
-
 def decoded(attrs: dict) -> Image.Image:
     kind, _, data = attrs["src"].partition(",")
     assert kind == "data:image/jpeg;base64"
@@ -392,92 +348,3 @@ def luminance(colour: str) -> float:
     parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
     red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
-
-
-class TestCommand:
-    """``tokprune verify --html --junit``, with the tiny model."""
-
-    @pytest.fixture
-    def arguments(self, tiny_bundle, tiny_checkpoint, picture, tmp_path):
-        (tmp_path / "data.jsonl").write_text(
-            f'{{"image": "{picture.name}", "prompt": "One?"}}\n{{"prompt": "None?"}}\n'
-        )
-        data = ("--data", "data.jsonl", "--max-new-tokens", 3)
-        return ("verify", tiny_bundle("lofi-2"), "--reference", tiny_checkpoint, *data)
-
-    def test_both_files(self, call, arguments, tmp_path):
-        (tmp_path / "a.html").write_text("old")
-        before = {path.name for path in tmp_path.iterdir()}
-        result = call(*arguments, "--html", "a.html", "--junit", "a.xml", "--json")
-        assert result.code == 0, result
-        assert {path.name for path in tmp_path.iterdir()} == before | {"a.xml"}
-        page, said = Page((tmp_path / "a.html").read_text(encoding="utf-8")), json.loads(result.out)
-        assert page.texts("h1") == ["✓ passed lofi-2"]
-        assert said["compared"]["manifest_sha256"] in page.texts("td")
-        assert said["compared"]["data"] == "data.jsonl"
-        assert said["compared"]["versions"]["torch"]
-        assert report.percent(said["consistency"]["agreement"]) in page.texts("dd")
-        properties = ElementTree.parse(tmp_path / "a.xml").iter("property")
-        assert {p.get("name"): p.get("value") for p in properties}["plan"] == said["plan"]
-
-    def test_a_failed_gate_is_shown_too(self, call, arguments, tmp_path_factory):
-        out = tmp_path_factory.mktemp("out")
-        result = call(*arguments, "--html", out / "a.html", "--junit", out / "a.xml", "--max-logit-diff", -1)
-        assert result.code == 1
-        assert Page((out / "a.html").read_text(encoding="utf-8")).texts("h1") == ["✗ FAILED lofi-2"]
-        assert ElementTree.parse(out / "a.xml").getroot().get("failures") == "1"
-
-    @pytest.mark.parametrize("option", ["--html", "--junit"])
-    @pytest.mark.parametrize(
-        ("out", "words"),
-        [
-            ("folder", "folder is a directory: name a file in it"),
-            ("", "is a directory"),
-            ("nowhere/a", "directory nowhere does not exist: create it"),
-            ("data.jsonl/a", "directory data.jsonl does not exist"),
-            ("/dev/null", "/dev/null is no regular file and would be replaced by one"),
-            ("a" * 250, "cannot be written (File name too long)"),
-        ],
-    )
-    def test_a_place_where_no_file_can_go(self, call, arguments, tmp_path, option, out, words):
-        (tmp_path / "folder").mkdir()
-        result = call(*arguments, option, out)
-        result.refused(words)
-        assert "loading" not in result.err  # before the long work
-
-    def test_no_permission(self, call, arguments, monkeypatch):
-        def barred(path, *_, **__):
-            raise PermissionError(errno.EACCES, "Permission denied")
-
-        monkeypatch.setattr(Path, "touch", barred)  # root may write everywhere
-        result = call(*arguments, "--html", "a.html")
-        result.refused("the page a.html cannot be written (Permission denied): choose another")
-        assert "loading" not in result.err
-
-    def test_one_file_for_both(self, call, arguments):
-        call(*arguments, "--html", "a", "--junit", "./a").refused("--html and --junit both name a")
-
-    def test_an_image_that_is_gone_by_then_costs_the_page_only(self, call, arguments, monkeypatch, tmp_path_factory):
-        out = tmp_path_factory.mktemp("out")
-
-        def gone(*_):
-            raise UserError("the image picture.png cannot be opened")
-
-        monkeypatch.setattr(document, "draw_pictures", gone)
-        monkeypatch.setattr(document, "find_flips", lambda samples, outcomes: [a_flip(samples[0], outcomes[0])])
-        result = call(*arguments, "--html", out / "a.html", "--junit", out / "a.xml")
-        assert result.code == 2
-        assert "\n\npassed\n" in result.out
-        assert [path.name for path in out.iterdir()] == ["a.xml"]
-
-    def test_what_cannot_be_written_in_the_end_costs_the_file_only(self, call, arguments, monkeypatch):
-        def full(*_):
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        monkeypatch.setattr(Path, "replace", full)
-        result = call(*arguments, "--html", "a.html")
-        assert result.code == 2
-        assert "\n\npassed\n" in result.out
-        assert result.err.splitlines()[-1].startswith(
-            "Error: the page a.html cannot be written (No space left on device)"
-        )

@@ -49,12 +49,9 @@ def quantized(tiny_bundle, tmp_path_factory: pytest.TempPathFactory):
     return bundle
 
 
-@pytest.fixture(scope="module")
-def half(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundle "lofi" in FP16."""
-    path = tmp_path_factory.mktemp("half") / "bundle"
-    export(find_checkpoint(str(tiny_checkpoint)), PLANS["lofi"], path, precision="fp16")
-    return path
+@pytest.fixture
+def half(tiny_bundle) -> Path:
+    return tiny_bundle("lofi", "fp16")
 
 
 @pytest.fixture(scope="module")
@@ -99,11 +96,13 @@ class TestBundle:
         quantize(open_bundle(tiny_bundle("lvpruning")), tmp_path / "again", precision)
         assert contents(tmp_path / "again") == contents(quantized("lvpruning", precision))
 
-    def test_export_does_the_same(self, tiny_checkpoint: Path, half: Path, tmp_path: Path, precision: str) -> None:
+    def test_export_does_the_same(
+        self, tiny_checkpoint: Path, export_traced, half: Path, tmp_path: Path, precision: str
+    ) -> None:
         quantize(open_bundle(half), tmp_path / "two steps", precision)
         steps: list[str] = []
         checkpoint = find_checkpoint(str(tiny_checkpoint))
-        export(checkpoint, PLANS["lofi"], tmp_path / "one", precision=precision, progress=steps.append)
+        export_traced(checkpoint, PLANS["lofi"], tmp_path / "one", precision=precision, progress=steps.append)
         assert contents(tmp_path / "one") == contents(tmp_path / "two steps")
         assert sorted(steps[-LAYERS:]) == [f"layers.{layer} in {precision}" for layer in (0, 1, 2)]
         assert {path.name for path in tmp_path.iterdir()} == {"one", "two steps"}
@@ -202,12 +201,12 @@ class TestHead:
 
     @pytest.fixture(scope="class")
     @classmethod
-    def bundles(cls, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    def bundles(cls, tiny_checkpoint: Path, export_traced, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         folder, checkpoint = tmp_path_factory.mktemp("heads"), find_checkpoint(str(tiny_checkpoint))
         for pieces in (1, 3):
             path = folder / str(pieces)
             options = {"precision": "int4", "base": "fp32", "head": "int8", "head_pieces": pieces}
-            export(checkpoint, PLANS["lofi"], path, graphs={}, **options)
+            export_traced(checkpoint, PLANS["lofi"], path, **options)
         return [folder / "1", folder / "3"]
 
     def test_pieces_are_the_whole(self, bundles: list[Path]) -> None:

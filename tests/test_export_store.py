@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 
 from tokprune.export import store as store_module
 from tokprune.export.checkpoint import find_checkpoint
-from tokprune.export.pipeline import Graphs, export
 from tokprune.export.skeleton import skeleton
 from tokprune.export.store import CONVERTED, Source, Store
 from tokprune.export.trace import save_segment, trace_decoder
@@ -165,7 +164,9 @@ class TestConversion:
             store.place(Source("layers.0.up"))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_of_a_checkpoint_that_overflows_nothing_is_left_behind(self, tiny_checkpoint, tmp_path, dtype):
+    def test_of_a_checkpoint_that_overflows_nothing_is_left_behind(
+        self, tiny_checkpoint, export_traced, tmp_path, dtype
+    ):
         name = "vision_tower.encoder.layers.1.mlp.fc2.weight"
 
         def plant(tensors):
@@ -175,7 +176,7 @@ class TestConversion:
         before = digests(model)
         value = torch.tensor(1e5).to(dtype).item()
         with pytest.raises(UserError, match=rf"{name} has the value {value:.6g}, which FP16 cannot hold"):
-            export(find_checkpoint(str(model)), PLANS["none"], tmp_path / "new" / "out", precision="fp16")
+            export_traced(find_checkpoint(str(model)), PLANS["none"], tmp_path / "new" / "out", precision="fp16")
         assert [path.name for path in tmp_path.iterdir()] == ["model"]
         assert digests(model) == before
 
@@ -193,15 +194,25 @@ class TestConversion:
 PIECES, VOCABULARY = 3, 577
 
 
+@pytest.fixture(scope="module")
+def heads(tiny_checkpoint, tmp_path_factory):
+    """A checkpoint, and its last layer with the head in so many pieces."""
+    path = tmp_path_factory.mktemp("heads") / "model"
+    redraw_checkpoint(tiny_checkpoint, path, text={"vocab_size": VOCABULARY})
+    checkpoint = find_checkpoint(str(path))
+    facts, hollow = checkpoint.facts, skeleton(checkpoint, torch.float32)
+    last = facts.layers - 1, facts.layers
+    return path, {pieces: trace_decoder(hollow, facts, *last, head_pieces=pieces) for pieces in (1, PIECES)}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_split_head(tiny_checkpoint, tmp_path, dtype):
+def test_split_head(heads, tmp_path, dtype):
     """In pieces of rows of the one tensor, the shard's or converted ones: the same logits."""
-    whole = redraw_checkpoint(tiny_checkpoint, tmp_path / "whole", text={"vocab_size": VOCABULARY})
+    whole, graphs = heads
     checkpoint = find_checkpoint(str(recast_checkpoint(whole, tmp_path / "model", dtype)))
     facts = checkpoint.facts
     assert facts.vocabulary == VOCABULARY
     assert VOCABULARY % PIECES != 0
-    hollow = skeleton(checkpoint, torch.float32)
     generator = np.random.default_rng(5)
     empty = np.zeros((2, facts.kv_heads, 0, facts.head_dim), dtype=np.float32)
     feeds = {
@@ -212,11 +223,10 @@ def test_split_head(tiny_checkpoint, tmp_path, dtype):
         **{names.past(facts.layers - 1, which): empty for which in ("key", "value")},
     }
     logits = {}
-    for pieces in (1, PIECES):
+    for pieces, graph in graphs.items():
         out = tmp_path / f"out-{pieces}"
         out.mkdir()
         store = Store(out, Weights(checkpoint.path, checkpoint.shards), "fp32")
-        graph = trace_decoder(hollow, facts, facts.layers - 1, facts.layers, head_pieces=pieces)
         save_segment(graph, store, "decoder", None)
         logits[pieces] = onnxruntime.InferenceSession(out / "decoder.onnx").run([names.LOGITS], feeds)[0]
         heads = [
@@ -234,14 +244,13 @@ def test_split_head(tiny_checkpoint, tmp_path, dtype):
 
 
 @pytest.mark.parametrize(("dtype", "precision"), [(torch.float16, "fp16"), (torch.bfloat16, "fp32")])
-def test_checkpoints_stay_as_they_are(tiny_checkpoint, tmp_path, monkeypatch, dtype, precision):
+def test_checkpoints_stay_as_they_are(tiny_checkpoint, export_traced, tmp_path, monkeypatch, dtype, precision):
     """Linked to a bundle or read for it, and after the bundle is replaced and removed."""
     monkeypatch.setattr(store_module, "COPIED", 0)
     model = recast_checkpoint(tiny_checkpoint, tmp_path / "model", dtype)
     before, shard = digests(model), model / "model.safetensors"
-    graphs: Graphs = {}
     for _ in range(2):
-        export(find_checkpoint(str(model)), PLANS["none"], tmp_path / "out", precision=precision, graphs=graphs)
+        export_traced(find_checkpoint(str(model)), PLANS["none"], tmp_path / "out", precision=precision)
         assert shard.stat().st_nlink == (2 if precision == "fp16" else 1)
         assert (tmp_path / "out" / CONVERTED).exists() == (precision == "fp32")
         assert digests(model) == before

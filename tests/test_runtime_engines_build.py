@@ -16,7 +16,6 @@ from pathlib import Path
 import onnx
 import pytest
 from click.testing import CliRunner
-from conftest import PLANS
 from onnx import helper
 from plugin_harness import compiled, header_sets
 
@@ -34,17 +33,30 @@ from tokprune.runtime.plan import make_plan
 
 
 @pytest.fixture(scope="module")
-def tiny_fp16(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("bundles") / "fp16"
-    export(find_checkpoint(str(tiny_checkpoint)), PLANS["lofi"], path, precision="fp16")
-    return path
+def tiny_fp16(tiny_bundle) -> Path:
+    return tiny_bundle("lofi", "fp16")
 
 
 @pytest.fixture(scope="module")
-def built(tiny_fp16: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+def progress() -> list[tuple[str, str, int, int]]:
+    """All that is told while ``built`` is made."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def built(
+    tiny_fp16: Path, progress: list[tuple[str, str, int, int]], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict]:
     """A bundle with its engines, and what the command printed; to be read only."""
     path = shutil.copytree(tiny_fp16, tmp_path_factory.mktemp("built") / "bundle")
-    done = CliRunner().invoke(command, [str(path), "--target", "rtx", "--json"])
+
+    def listened(*arguments, **options):
+        show = options.pop("progress")
+        return building.build(*arguments, **options, progress=lambda *step: (progress.append(step), show(*step)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tokprune.runtime.cli.build.build", listened)
+        done = CliRunner().invoke(command, [str(path), "--target", "rtx", "--json"])
     assert done.exit_code == 0, done.output
     return path, json.loads(done.stdout)
 
@@ -113,13 +125,11 @@ class TestEverySegment:
         assert (Path(result["slot"]) / building.TIMING_CACHE).is_file()
         assert not list(Path(result["slot"]).glob(".building*"))
 
-    def test_progress_is_told(self, tiny_fp16, tmp_path):
-        path = shutil.copytree(tiny_fp16, tmp_path / "bundle")
-        steps: list[tuple[str, str, int, int]] = []
-        again(path, progress=lambda *step: steps.append(step))
-        assert {segment for segment, *_ in steps} == {segment.name for segment in open_bundle(path).manifest.segments}
-        assert all(0 <= done <= total for _, _, done, total in steps)
-        assert any(phase == "Building engine" and done == total for _, phase, done, total in steps)
+    def test_progress_is_told(self, built, progress):
+        segments = {segment.name for segment in open_bundle(built[0]).manifest.segments}
+        assert {segment for segment, *_ in progress} == segments
+        assert all(0 <= done <= total for _, _, done, total in progress)
+        assert any(phase == "Building engine" and done == total for _, phase, done, total in progress)
 
 
 class TestResuming:

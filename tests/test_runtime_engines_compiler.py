@@ -70,9 +70,8 @@ class TestBundles:
     def test_every_graph_is_accepted(self, tiny_bundle, key: str):
         all_accepted(tiny_bundle(key))
 
-    def test_every_graph_is_accepted_in_fp16(self, tiny_checkpoint: Path, tmp_path: Path):
-        export(find_checkpoint(str(tiny_checkpoint)), PLANS["lofi"], tmp_path / "bundle", precision="fp16")
-        all_accepted(tmp_path / "bundle")
+    def test_every_graph_is_accepted_in_fp16(self, tiny_bundle):
+        all_accepted(tiny_bundle("lofi", "fp16"))
 
     @pytest.mark.slow
     @pytest.mark.parametrize("precision", ["fp32", "fp16"])

@@ -15,12 +15,9 @@ import fake_tensorrt
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import PLANS
 from fake_tensorrt import FakeCuda
 from PIL import Image
 
-from tokprune.export.checkpoint import find_checkpoint
-from tokprune.export.pipeline import export
 from tokprune.runtime import UserError, names
 from tokprune.runtime.bench import bench
 from tokprune.runtime.chat import Model, load, result_record
@@ -305,10 +302,9 @@ class TestRefusals:
             list(model.chat().ask("What?"))
 
 
-def test_bench_tells_the_share_of_the_peak(tiny_checkpoint, tmp_path, trt):
+def test_bench_tells_the_share_of_the_peak(tiny_bundle, tmp_path, trt):
     """The fake's times are ONNX Runtime's; what is divided by what is the matter."""
-    plan = PLANS["lofi"]
-    export(find_checkpoint(str(tiny_checkpoint)), plan, tmp_path / "fp16", precision="fp16")
+    shutil.copytree(tiny_bundle("lofi", "fp16"), tmp_path / "fp16")
     fake_tensorrt.write_slot(tmp_path / "fp16")
     result = bench(load(tmp_path / "fp16").pipeline, None, text_tokens=8, rounds=2, new_tokens=1)
     assert result["peak_tflops"] == pytest.approx(42.6, abs=0.05)

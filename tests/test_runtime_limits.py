@@ -38,7 +38,7 @@ def test_contradictions(given, words):
 
 
 @pytest.fixture
-def export(call, tiny_checkpoint):
+def export(call, traced, tiny_checkpoint):
     options = ["--method", "random", "--layer", "1", "--keep", "5", "--out", "bundle"]
     return lambda *more: call("export", "--model", tiny_checkpoint, *options, *more)
 
