@@ -151,8 +151,13 @@ def tower_digest(bundle: Bundle, engine: str) -> str:
     for file in (bundle.file(names.PREPROCESSOR_FILE), graph):
         digest.update(file.read_bytes())
     for value in ir.load(graph).graph.initializers.values():
-        if value.const_value is not None:
-            digest.update(value.const_value.tobytes())
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):  # read here: onnx_ir refuses files that are hard-linked, as FP16 is
+            with bundle.file(str(tensor.location)).open("rb") as file:
+                file.seek(tensor.offset or 0)
+                digest.update(file.read(tensor.nbytes))
+        elif tensor is not None:
+            digest.update(tensor.tobytes())
     return digest.hexdigest()
 
 

@@ -18,7 +18,7 @@ def bars(rows: Sequence[Row], machine: Row, layer: int, keep: int) -> list[Row]:
     ran = {row["name"]: row for row in rows if row["reason"] is None}
     graphs = "slot" if any(row["name"].endswith("-slot") for row in rows) else "neutral"
     full, pruned = ran.get(f"none-fp32-{graphs}"), ran.get(f"lofi-{layer}-{keep}-fp32-{graphs}")
-    int8, int4 = ran.get(f"none-int8-{graphs}"), ran.get(f"none-int4-{graphs}")
+    int8, int4, w8a8 = (ran.get(f"none-{precision}-{graphs}") for precision in ("int8", "int4", "w8a8"))
     peers = [row for row in ran.values() if not row["is_ours"] and row["pruning"] == "none"]
     fp32 = [row for row in peers if row["computes"] == "fp32"]
     plan = f"lofi {layer}:{keep}"
@@ -42,8 +42,14 @@ def bars(rows: Sequence[Row], machine: Row, layer: int, keep: int) -> list[Row]:
         _bar("decode FP32 at full context, against the best FP32 peer", "≥ 1.00×", value, _at_least(1.0), best)
     )
     rival = ran.get("openvino-int8")
-    value = int8 and rival and ratio(rival, int8, lambda times: times["decode"])
-    found.append(_bar("decode INT8 against OpenVINO INT8", "≥ 1.00×", value, _at_least(1.0), rival))
+    for name, own in (("INT8", int8), ("W8A8", w8a8)):
+        value = own and rival and ratio(rival, own, lambda times: times["decode"])
+        found.append(_bar(f"decode {name} against OpenVINO INT8", "≥ 1.00×", value, _at_least(1.0), rival))
+    for name, own in (("none", w8a8), (plan, ran.get(f"lofi-{layer}-{keep}-w8a8-{graphs}"))):
+        value = own and rival and ratio(own, rival, lambda times: times["ttft"])
+        found.append(
+            _bar(f"time to first token W8A8, {name}, against OpenVINO INT8", "≤ 1.00×", value, _most(1.0), rival)
+        )
     value = int4 and int8 and ratio(int8, int4, lambda times: times["decode"])
     found.append(_bar("decode INT4 against our INT8", "≥ 1.20×", value, _at_least(1.2), int8))
     found += _memory([row for row in ran.values() if row["name"].endswith(graphs)], peers)
@@ -82,8 +88,9 @@ def _memory(ours: Sequence[Row], peers: Sequence[Row]) -> list[Row]:
     found = [
         _bar(f"{what}, of weights + KV + largest activation", "≤ 1.25×", _one(over and max(over)), _most(1.25)),
     ]
-    for precision in ("fp32", "int8"):
-        mine = next((row for row in ours if row["name"].startswith(f"none-{precision}")), None)
+    # OpenVINO's INT8 has an INT8 tower, which ours has as W8A8
+    for precision, own in (("fp32", "fp32"), ("int8", "w8a8")):
+        mine = next((row for row in ours if row["name"].startswith(f"none-{own}")), None)
         # one without a tower needs less
         rivals = [peer for peer in peers if peer["precision"] == precision and peer["peak_bytes"] and peer["ttft_ms"]]
         best = min(rivals, key=lambda peer: peer["peak_bytes"], default=None)

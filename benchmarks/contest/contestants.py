@@ -7,7 +7,14 @@ from typing import Any
 
 from tokprune.runtime.plan import Plan, Rank, make_plan
 
-PRECISIONS = ("fp32", "int8", "int4")
+# of ours: what `tokprune quantize` is told besides the bundles, and what its products are computed in. Heads too,
+# as OpenVINO and llama.cpp have them; w8a8 is calibrated on {data}.
+QUANTIZED = {
+    "int8": ["--precision", "int8", "--lm-head", "int8"],
+    "int4": ["--precision", "int4", "--lm-head", "int8"],
+    "w8a8": ["--precision", "int8", "--lm-head", "int8", "--scheme", "smoothquant", "--data", "{data}"],
+}
+PRECISIONS = ("fp32", *QUANTIZED)
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,8 @@ def contestants(layer: int, keeps: list[int], has_slot: bool) -> list[Contestant
         for precision in PRECISIONS if full else ("fp32",):
             for pruning in prunings if full else prunings[:2]:
                 name = f"{pruning}-{precision}-{graphs}"
-                found.append(Contestant(name, "ours", precision, precision, pruning, options={"graphs": graphs}))
+                computes = "int8" if precision == "w8a8" else precision
+                found.append(Contestant(name, "ours", precision, computes, pruning, options={"graphs": graphs}))
     fastv = Pruning("fastv", layer, keeps[0])
     found.append(Contestant("pytorch", "pytorch", "fp32", "fp32", options=Pruning().options))
     found.append(Contestant(f"pytorch-{fastv}", "pytorch", "fp32", "fp32", fastv, options=fastv.options))

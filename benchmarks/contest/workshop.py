@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from contest.contestants import Contestant, Pruning
+from contest.contestants import QUANTIZED, Contestant, Pruning
 from contest.jobs import Failed, run_command, run_job, say, size_bytes
 
 HERE = Path(__file__).resolve().parent.parent
 TOKPRUNE = [sys.executable, "-c", "from tokprune.runtime.cli import main; main()"]
 WITHOUT_VISION = ("hf_onnx", "llama_peer")  # modules of peers that are given the prompt's embeddings
 EMBEDDINGS = Contestant("embeddings", "embeddings", "fp32", "fp32")
+CALIBRATION = range(1000, 1008)  # numbers of the images that nobody is asked about
 SOURCES = ("runtime", "plugins", "calibration", "export")
 
 
@@ -30,20 +31,19 @@ class Workshop:
         self.work, self.task, self._pythons = work, task, pythons
         self.checkpoint = model or self._reference(size)
         self.images: list[str] = []
+        self._data = work / "calibration.jsonl"
         self._sources = digest(HERE.parent)
 
     def draw(self, count: int, pixels: int) -> None:
-        """Images of blurred noise, no two alike: a prefix cache would find nothing."""
+        """Images to be asked about, and questions about others to calibrate on."""
         folder = self.work / f"images-{pixels}"
         folder.mkdir(parents=True, exist_ok=True)
-        for number in range(count):
-            file = folder / f"{number}.png"
-            if not file.exists():
-                coarse = np.random.default_rng(number).integers(0, 256, (12, 12, 3), dtype=np.uint8)
-                partial = file.with_suffix(".partial")
-                Image.fromarray(coarse).resize((pixels, pixels), Image.Resampling.BICUBIC).save(partial, "PNG")
-                partial.rename(file)
-            self.images.append(str(file))
+        self.images = [str(_drawn(folder, number, pixels)) for number in range(count)]
+        lines = [
+            {"image": str(_drawn(folder, number, pixels).relative_to(self.work)), "prompt": self.task["text"]}
+            for number in CALIBRATION
+        ]
+        self._data.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
     def python(self, contestant: Contestant) -> str:
         """The interpreter that has its library. Raises Failed where none was named."""
@@ -87,8 +87,8 @@ class Workshop:
         pruning, precision = contestant.pruning, contestant.precision
         base = self._made(self.work / "made" / f"{pruning}-fp32", self._sources, lambda to: self._export(pruning, to))
         if precision != "fp32":
-            # the head too, as OpenVINO and llama.cpp have it
-            command = [*TOKPRUNE, "quantize", base["path"], "--precision", precision, "--lm-head", "int8", "--out"]
+            asked = [word.format(data=self._data) for word in QUANTIZED[precision]]
+            command = [*TOKPRUNE, "quantize", base["path"], *asked, "--out"]
             out = self.work / "made" / f"{pruning}-{precision}"
             mine = self._made(out, self._sources, lambda to: self._tokprune([*command, str(to)], out.name))
             base = _steps(base, mine)
@@ -145,6 +145,17 @@ class Workshop:
         folder = self.work / "logs"
         folder.mkdir(parents=True, exist_ok=True)
         return folder / f"{name}.log"
+
+
+def _drawn(folder: Path, number: int, pixels: int) -> Path:
+    """An image of blurred noise; no two numbers have the same: a prefix cache would find nothing."""
+    file = folder / f"{number}.png"
+    if not file.exists():
+        coarse = np.random.default_rng(number).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+        partial = file.with_suffix(".partial")
+        Image.fromarray(coarse).resize((pixels, pixels), Image.Resampling.BICUBIC).save(partial, "PNG")
+        partial.rename(file)
+    return file
 
 
 def _steps(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
