@@ -234,10 +234,8 @@ class Writer:
         return offset
 
     def _tensor(self, name: str, offset: int, shape: tuple, kind: ir.DataType) -> ir.ExternalTensor:
-        tensor = ir.ExternalTensor(WEIGHTS, offset, None, kind, shape=ir.Shape(shape), name=name, base_dir=self._stage)
-        return ir.ExternalTensor(
-            WEIGHTS, offset, tensor.nbytes, kind, shape=ir.Shape(shape), name=name, base_dir=self._stage
-        )
+        size = math.ceil(kind.itemsize * math.prod(shape))
+        return ir.ExternalTensor(WEIGHTS, offset, size, kind, shape=ir.Shape(shape), name=name, base_dir=self._stage)
 
 
 def _as_type(values: np.ndarray, kind: np.dtype, name: str) -> np.ndarray:

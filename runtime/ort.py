@@ -110,8 +110,8 @@ class OnnxRuntime:
         fused = None if self._slot is None else self._slot.graph(segment.name)
         path = fused or bundle.file(segment.file)
         providers = [(name, self._provider_options(name, bundle, segment)) for name in self._providers]
+        options = self.segment_options(bundle, segment, fused is not None)
         try:
-            options = self.segment_options(bundle, segment, fused is not None)
             model: Path | bytes = path
             if fused is not None:  # its weights are the bundle's, which only a graph from memory may have elsewhere
                 options.add_session_config_entry(
