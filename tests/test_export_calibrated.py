@@ -22,9 +22,12 @@ from tokprune.calibration.observe import Settings, observe
 from tokprune.calibration.patterns import find_patterns
 from tokprune.calibration.recipe import usual_choices, usual_form
 from tokprune.export.checkpoint import find_checkpoint, load_model
+from tokprune.export.fusion.build import build_fused
+from tokprune.export.fusion.check import TOLERANCES
 from tokprune.export.quantize import find_matrices, quantize
 from tokprune.export.restore import bundle_matrices, entering_scales, folded_tensors, rounded_twin, with_matrices
 from tokprune.export.segments import VisionEncoder
+from tokprune.export.sides import Engine
 from tokprune.export.verify import verify
 from tokprune.runtime import ort
 from tokprune.runtime.bundle import Bundle, open_bundle
@@ -246,3 +249,21 @@ class TestActivations:
         assert dict(folded_tensors(bundle, recipe)).keys() == set(recipe.folded)
         with pytest.raises(UserError, match=r"recipe\.json speaks of nothing\.weight, which no graph reads"):
             list(folded_tensors(bundle, dataclasses.replace(recipe, folded=("nothing.weight",))))
+
+
+def test_fused_graphs_compute_in_integers_too(made, samples, tmp_path):
+    """Rounding takes most of what differs; where it does not, a last bit changes a code."""
+    path = shutil.copytree(made("w8a8").path, tmp_path / "bundle")
+    result = build_fused(open_bundle(path))
+    assert max(segment["difference"] for segment in result["segments"]) <= TOLERANCES["int8"]
+    (folder,) = (path / "engines").iterdir()
+    for segment in result["segments"]:
+        file = f"{segment['name']}.onnx"
+        neutral, fused = (Counter(node.op_type for node in ir.load(where / file).graph) for where in (path, folder))
+        assert fused["QuantizeLinear"] == neutral["QuantizeLinear"] > 0
+    sides = [Engine(load(path, engine=engine), 4) for engine in ("onnxruntime", "onnxruntime-neutral")]
+    tokens = sides[1].greedy(samples)
+    found, wanted = (side.forced(samples, tokens) for side in sides)
+    for (logits, kept), (expected, others) in zip(found, wanted, strict=True):
+        assert np.abs(logits - expected).max() <= 0.02 * np.abs(expected).max()
+        assert [each.indices.tolist() for each in kept] == [each.indices.tolist() for each in others]
