@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import onnxruntime
@@ -38,24 +39,24 @@ class Sessions:
         Raises UserError if ONNX Runtime cannot load or run it.
         """
         where = bundle.file(segment.file)
-        try:
-            session = self._session(bundle, at, piece, options)
-        except Exception as error:  # ONNX Runtime's exceptions have no narrower base
-            raise UserError(f"ONNX Runtime cannot load {where} ({error}): export the bundle again") from error
+        session = self._session(bundle, where, at, piece, options)
         try:
             return session.run_with_ort_values(list(wanted), {name: values[name] for name in piece.inputs})
-        except Exception as error:  # as above
+        except Exception as error:  # ONNX Runtime's exceptions have no narrower base
             raise UserError(f"ONNX Runtime cannot run {where} ({error}): export the bundle again") from error
 
-    def _session(self, bundle: Bundle, at: Hashable, piece: Piece, options: Callable[[], Any]) -> Any:
+    def _session(self, bundle: Bundle, where: Path, at: Hashable, piece: Piece, options: Callable[[], Any]) -> Any:
         if at not in self._loaded:
             while self._loaded and piece.size + sum(size for size, _ in self._loaded.values()) > self._budget:
                 self._loaded.popitem(last=False)
             chosen = options()
             folder = str(bundle.path.resolve())
             chosen.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
-            with making_sessions():
-                session = onnxruntime.InferenceSession(piece.graph, chosen, providers=["CPUExecutionProvider"])
+            try:
+                with making_sessions():
+                    session = onnxruntime.InferenceSession(piece.graph, chosen, providers=["CPUExecutionProvider"])
+            except Exception as error:  # as above
+                raise UserError(f"ONNX Runtime cannot load {where} ({error}): export the bundle again") from error
             self._loaded[at] = (piece.size, session)
         self._loaded.move_to_end(at)
         return self._loaded[at][1]

@@ -123,14 +123,9 @@ class TestSameAnswers:
         found, wanted = (first_logits(tmp_path / "bundle", engine) for engine in ("onnxruntime", NEUTRAL))
         assert np.abs(found - wanted).max() <= 2 * allowed * np.abs(wanted).max()
 
-    def test_fp16_is_computed_in_fp32(self, tiny_checkpoint, tiny_bundle, tmp_path):
+    def test_fp16_is_computed_in_fp32(self, tiny_bundle, tmp_path):
         """Which is nearer to the FP32 bundle than FP16 is."""
-        from conftest import PLANS
-
-        from tokprune.export.checkpoint import find_checkpoint
-        from tokprune.export.pipeline import export
-
-        export(find_checkpoint(str(tiny_checkpoint)), PLANS["uniform"], tmp_path / "fp16", precision="fp16")
+        shutil.copytree(tiny_bundle("uniform", "fp16"), tmp_path / "fp16")
         build_fused(open_bundle(tmp_path / "fp16"))
         wanted = first_logits(tiny_bundle("uniform"), NEUTRAL)
         apart = [np.abs(first_logits(tmp_path / "fp16", e) - wanted).max() for e in ("onnxruntime", NEUTRAL)]

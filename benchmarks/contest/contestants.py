@@ -7,8 +7,8 @@ from typing import Any
 
 from tokprune.runtime.plan import Plan, Rank, make_plan
 
-# of ours: what `tokprune quantize` is told besides the bundles, and what its products are computed in. Heads too,
-# as OpenVINO and llama.cpp have them; w8a8 is calibrated on {data}.
+# of ours: what `tokprune quantize` is told besides the bundles. Heads too, as OpenVINO and llama.cpp have them; w8a8 is
+# calibrated on {data}.
 QUANTIZED = {
     "int8": ["--precision", "int8", "--lm-head", "int8"],
     "int4": ["--precision", "int4", "--lm-head", "int8"],
