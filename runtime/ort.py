@@ -37,9 +37,9 @@ _PROVIDERS = {
 # ONNX Runtime joins DequantizeLinear and MatMul to a product of its own. Level 1 computes it in FP32, 4 rounds the
 # activations to INT8 as well, BLOCK of them to a scale: with INT8 weights that decodes 7 times as fast as FP32, and
 # level 1, for which ONNX Runtime 1.31 has no kernel, 14 times as slowly. INT4 has one, and stays exact
-# (docs/methods.md). The level is a segment's: one INT8 matrix in it, and INT4 beside it is computed so too.
+# (docs/methods.md). The level is a segment's: one INT8 matrix in it, and INT4 beside it is computed so too. Fused
+# graphs have such products already, all at level 4 (export/fusion/blocks.py).
 ACCURACY = {"int8": 4, "int4": 1}
-FUSED_ACCURACY = {"int8": 4, "int4": 4}  # of graphs that are there to be fast: INT4's products take half the time at 4
 BLOCK = 128
 INTEGER = (
     f"ONNX Runtime may round what INT8 matrices are multiplied with to INT8 as well, {BLOCK} values to a scale; and "
@@ -110,7 +110,7 @@ class OnnxRuntime:
         fused = None if self._slot is None else self._slot.graph(segment.name)
         path = fused or bundle.file(segment.file)
         providers = [(name, self._provider_options(name, bundle, segment)) for name in self._providers]
-        options = self.segment_options(bundle, segment, fused is not None)
+        options = self.segment_options(bundle, segment)
         try:
             model: Path | bytes = path
             if fused is not None:  # its weights are the bundle's, which only a graph from memory may have elsewhere
@@ -134,13 +134,15 @@ class OnnxRuntime:
 
     def _remark(self, bundle: Bundle, segment: SegmentFacts) -> None:
         is_fused = self._slot is not None and self._slot.graph(segment.name) is not None
-        if _accuracy(self._rounded(bundle, segment), is_fused) == 4 and INTEGER not in self.remarks:
+        exact = all(record.activation is not None for record in self._rounded(bundle, segment))
+        rounds = not exact if is_fused else _accuracy(self._rounded(bundle, segment)) == ACCURACY["int8"]
+        if rounds and INTEGER not in self.remarks:
             self.remarks += (INTEGER,)
 
-    def segment_options(self, bundle: Bundle, segment: SegmentFacts, is_fused: bool = False) -> Any:
+    def segment_options(self, bundle: Bundle, segment: SegmentFacts) -> Any:
         """Of a session that runs the segment, or a part of it."""
         rounded = self._rounded(bundle, segment)
-        options = self._options(_accuracy(rounded, is_fused))
+        options = self._options(_accuracy(rounded))
         if any(record.activation is not None for record in rounded):
             _keep_pairs(options)
         return options
@@ -200,10 +202,9 @@ class _Session:
         return dict(zip(outputs, values, strict=True))
 
 
-def _accuracy(rounded: Sequence[Record], is_fused: bool) -> int:
+def _accuracy(rounded: Sequence[Record]) -> int:
     """The greatest level that matrices need, but for those whose activations the graph itself rounds."""
-    levels = FUSED_ACCURACY if is_fused else ACCURACY
-    needed = (levels[record.precision] for record in rounded if record.activation is None)
+    needed = (ACCURACY[record.precision] for record in rounded if record.activation is None)
     return max(needed, default=ACCURACY["int4"])
 
 

@@ -1,11 +1,13 @@
 """``build --target cpu``: a bundle's decoders and tower as graphs of ONNX Runtime's fused operators, in a slot.
 
-The graphs read the bundle's own weights. What is checked when it is built need not be checked when it runs: a slot
+The graphs read the bundle's own weights, but for matrices of INT8 and INT4: they are in the slot once more, as the
+kernels read them. What is checked when it is built need not be checked when it runs: a slot
 is for one version of ONNX Runtime and one export. It is for any CPU: nothing in it is laid out for one.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import time
@@ -16,6 +18,7 @@ from typing import Any
 import onnx_ir as ir
 
 from tokprune.export.fusion import attention, rules
+from tokprune.export.fusion.blocks import put_blocks
 from tokprune.export.fusion.check import TOLERANCES, difference
 from tokprune.export.fusion.widen import widen, widen_weights
 from tokprune.runtime import names
@@ -27,8 +30,6 @@ from tokprune.runtime.engines.slot import SegmentEngine, Slot
 from tokprune.runtime.errors import UserError
 from tokprune.runtime.manifest import SegmentFacts
 from tokprune.runtime.ort import OnnxRuntime
-
-WEIGHTS = (".data", ".safetensors")
 
 
 def build_fused(
@@ -71,25 +72,29 @@ def _inputs(bundle: Bundle, segment: SegmentFacts, version: str) -> dict[str, An
 def _build_segment(bundle: Bundle, segment: SegmentFacts, key: str, folder: Path, building: Path) -> SegmentEngine:
     begin = time.perf_counter()
     model = ir.load(bundle.file(segment.file))
+    data = folder / f"{segment.name}.data"  # in its place from the start: the graph says where it is
+    data.unlink(missing_ok=True)
     try:
-        fuse(model, segment, bundle.manifest.model.context)
+        fuse(model, segment, bundle.manifest.model.context, data, bundle.path)
     except ValueError as error:
         raise UserError(
             f"{bundle.file(segment.file)} has an attention that is not rewritten ({error}): export the bundle again"
         ) from None
     file = f"{segment.name}.onnx"
     ir.save(model, building / file)
-    made = SegmentEngine(
-        segment.name, key, file, (building / file).stat().st_size, sha256(building / file), 0.0, len(model.graph), {}
-    )
+    weights = slot.Weights(data.name, data.stat().st_size, sha256(data)) if data.exists() else None
+    size, digest = (building / file).stat().st_size, sha256(building / file)
+    made = SegmentEngine(segment.name, key, file, size, digest, 0.0, len(model.graph), {}, weights=weights)
     apart = _check(bundle, segment, made, building)
     os.replace(building / file, folder / file)
-    seconds = round(time.perf_counter() - begin, 3)
-    return SegmentEngine(**{**vars(made), "seconds": seconds, "difference": apart})
+    return dataclasses.replace(made, seconds=round(time.perf_counter() - begin, 3), difference=apart)
 
 
-def fuse(model: ir.Model, segment: SegmentFacts, positions: int) -> None:
-    """Rewrite a segment's graph, in place. Raises ValueError if its attention is not as it is known."""
+def fuse(model: ir.Model, segment: SegmentFacts, positions: int, data: Path, root: Path) -> None:
+    """Rewrite a segment's graph, in place; what its products read of their own goes to ``data``, below ``root``.
+
+    Raises ValueError if its attention is not as it is known.
+    """
     widen(model)
     if segment.layers is None:
         attention.fuse_tower(model)
@@ -97,8 +102,9 @@ def fuse(model: ir.Model, segment: SegmentFacts, positions: int) -> None:
         rules.apply_rotary(model, positions)
         attention.fuse_decoder(model)
     rules.apply_rules(model)
-    widen_weights(model)
+    put_blocks(model, data, root)
     rules.clean(model)
+    widen_weights(model)
 
 
 def _check(bundle: Bundle, segment: SegmentFacts, made: SegmentEngine, folder: Path) -> float:

@@ -156,8 +156,10 @@ def _inputs(
 
 
 def _is_whole(folder: Path, engine: SegmentEngine) -> bool:
-    file = folder / engine.file
-    return file.is_file() and file.stat().st_size == engine.size and sha256(file) == engine.sha256
+    return all(
+        (file := folder / each.file).is_file() and file.stat().st_size == each.size and sha256(file) == each.sha256
+        for each in engine.files
+    )
 
 
 def _build_segment(
@@ -287,7 +289,7 @@ def _record(folder: Path, result: Slot, built: set[str], seconds: float) -> dict
             {
                 "name": each.name,
                 "built": each.name in built,
-                "bytes": each.size,
+                "bytes": sum(file.size for file in each.files),
                 "seconds": each.seconds,
                 "layers": each.layers,
                 "profiles": list(each.profiles),
@@ -295,6 +297,6 @@ def _record(folder: Path, result: Slot, built: set[str], seconds: float) -> dict
             }
             for each in result.segments
         ],
-        "bytes": sum(each.size for each in result.segments),
+        "bytes": sum(file.size for each in result.segments for file in each.files),
         "seconds": round(seconds, 3),
     }

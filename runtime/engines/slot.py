@@ -20,8 +20,17 @@ from tokprune.runtime.engines.compiler import ShapeRanges
 from tokprune.runtime.errors import UserError
 
 FOLDER, FILE = "engines", "slot.json"
-SCHEMA = 1
+SCHEMA = 2
 PLUGIN_LIBRARY = "plugins.so"  # the copy that a slot keeps
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A file of weights that a segment's graph reads beside the bundle's own."""
+
+    file: str
+    size: int
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,12 @@ class SegmentEngine:
     layers: int  # of the network, before fusion
     profiles: Mapping[str, ShapeRanges]  # by name, in the engine's order
     difference: float | None = None  # from the neutral graph, where that was measured: of its greatest number
+    weights: Weights | None = None
+
+    @property
+    def files(self) -> tuple[Weights, ...]:
+        """All of the segment's files in the slot."""
+        return (Weights(self.file, self.size, self.sha256), *filter(None, [self.weights]))
 
 
 @dataclass(frozen=True)
@@ -104,13 +119,13 @@ def read_slots(bundle: Path) -> Iterator[tuple[Path, Slot]]:
 
 def file_fault(folder: Path, slot: Slot, *, check_hashes: bool = False) -> str | None:
     """What is wrong with the slot's files: sizes always, hashes of large ones on request."""
-    for segment in slot.segments:
-        file = folder / segment.file
+    for wanted in (each for segment in slot.segments for each in segment.files):
+        file = folder / wanted.file
         size = file.stat().st_size if file.is_file() else None
-        if size != segment.size:
-            return f"{segment.file} has {'nothing' if size is None else size} instead of {segment.size} bytes"
-        if (check_hashes or size <= ALWAYS_HASHED) and sha256(file) != segment.sha256:
-            return f"{segment.file} was altered"
+        if size != wanted.size:
+            return f"{wanted.file} has {'nothing' if size is None else size} instead of {wanted.size} bytes"
+        if (check_hashes or size <= ALWAYS_HASHED) and sha256(file) != wanted.sha256:
+            return f"{wanted.file} was altered"
     library = folder / PLUGIN_LIBRARY
     if slot.plugins is not None and not (library.is_file() and sha256(library) == slot.plugins):
         return f"{PLUGIN_LIBRARY} is not the library of plugins that its engines were built with"
@@ -133,4 +148,5 @@ def _segment(data: Mapping[str, Any]) -> SegmentEngine:
         profile: {name: tuple(map(tuple, shapes)) for name, shapes in ranges.items()}
         for profile, ranges in data["profiles"].items()
     }
-    return SegmentEngine(**{**data, "profiles": profiles})
+    weights = None if data["weights"] is None else Weights(**data["weights"])
+    return SegmentEngine(**{**data, "profiles": profiles, "weights": weights})
