@@ -9,8 +9,8 @@ import threading
 from collections.abc import Iterator
 
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
-# ONNX Runtime reads it when it makes a session. In its flash form GroupQueryAttention takes 22 ms where it else takes
-# 14, for 616 rows of 16 heads in pieces (docs/log.md); what it would save, [heads, piece, rows so far], is small.
+# ONNX Runtime reads it when it makes a session. Which form of GroupQueryAttention is the faster one depends on the
+# processor (export/fusion/form.py); what flash saves of memory, [heads, piece, rows so far], is small.
 NO_FLASH = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 
 _lock = threading.Lock()
@@ -19,13 +19,16 @@ _until = contextlib.ExitStack()  # what the first one in has set
 
 
 @contextlib.contextmanager
-def making_sessions() -> Iterator[None]:
-    """Freed blocks go back to the system, and attention does without its flash form; until the last one leaves."""
+def making_sessions(flash: bool = False) -> Iterator[None]:
+    """Freed blocks go back to the system, and attention has its ``flash`` form or not; until the last one leaves.
+
+    Of several at once, the first one's form is all the others'.
+    """
     global _inside
     with _lock:
         if _inside == 0:
             _until.enter_context(_giving_back())
-            _until.enter_context(_without_flash())
+            _until.enter_context(_with_flash(flash))
         _inside += 1
     try:
         yield
@@ -56,12 +59,12 @@ def _giving_back() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_flash() -> Iterator[None]:
+def _with_flash(wanted: bool) -> Iterator[None]:
     """What the user has set stays."""
     if NO_FLASH in os.environ:
         yield
         return
-    os.environ[NO_FLASH] = "1"
+    os.environ[NO_FLASH] = "0" if wanted else "1"
     try:
         yield
     finally:

@@ -95,6 +95,7 @@ class OnnxRuntime:
         self._plugins = plugins
         self._threads = threads
         self._slot = slot
+        self._flash = slot is not None and slot.flash
         self._recipes: dict[Path, Recipe | None] = {}
 
     def load_all(self, bundle: Bundle, segments: Sequence[SegmentFacts]) -> list[Session]:
@@ -102,7 +103,7 @@ class OnnxRuntime:
         for segment in segments:
             self._remark(bundle, segment)
         threads = self._threads or os.cpu_count() or 1
-        with making_sessions(), ThreadPoolExecutor(threads if self._device == "cpu" else 1) as pool:
+        with making_sessions(self._flash), ThreadPoolExecutor(threads if self._device == "cpu" else 1) as pool:
             return list(pool.map(lambda segment: self.load(bundle, segment), segments))
 
     def load(self, bundle: Bundle, segment: SegmentFacts) -> Session:
@@ -118,7 +119,7 @@ class OnnxRuntime:
                     "session.model_external_initializers_file_folder_path", str(bundle.path)
                 )
                 model = fused.read_bytes()
-            with making_sessions():
+            with making_sessions(self._flash):
                 session = self._ort.InferenceSession(model, options, providers=providers)
         except Exception as error:  # ONNX Runtime's exceptions have no narrower base
             again = "export the bundle again" if fused is None else "build the slot again with tokprune build"

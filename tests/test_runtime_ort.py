@@ -129,12 +129,13 @@ with making_sessions():
     assert float(done.stdout) == pytest.approx(0.5, abs=0.05)
 
 
-def test_flash_attention_is_off_until_the_last_session_is_made(monkeypatch):
+@pytest.mark.parametrize(("flash", "value"), [(False, "1"), (True, "0")])
+def test_the_form_of_attention_stays_until_the_last_session_is_made(flash, value, monkeypatch):
     monkeypatch.delenv(NO_FLASH, raising=False)
-    with making_sessions():
-        with making_sessions():
-            assert os.environ[NO_FLASH] == "1"
-        assert os.environ[NO_FLASH] == "1"
+    with making_sessions(flash):
+        with making_sessions(not flash):
+            assert os.environ[NO_FLASH] == value
+        assert os.environ[NO_FLASH] == value
     assert NO_FLASH not in os.environ
     monkeypatch.setenv(NO_FLASH, "0")
     with making_sessions():

@@ -8,6 +8,7 @@ is for one version of ONNX Runtime and one export. It is for any CPU: nothing in
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 import time
@@ -20,12 +21,13 @@ import onnx_ir as ir
 from tokprune.export.fusion import attention, rules
 from tokprune.export.fusion.blocks import put_blocks
 from tokprune.export.fusion.check import TOLERANCES, difference
+from tokprune.export.fusion.form import measure_forms
 from tokprune.export.fusion.widen import widen, widen_weights
 from tokprune.runtime import names
 from tokprune.runtime.bundle import Bundle, sha256
 from tokprune.runtime.engines import slot
 from tokprune.runtime.engines.build import fill_slot
-from tokprune.runtime.engines.fused import ARCH, LIBRARY, Found
+from tokprune.runtime.engines.fused import ARCH, FORM, LIBRARY, Found, read_form
 from tokprune.runtime.engines.slot import SegmentEngine, Slot
 from tokprune.runtime.errors import UserError
 from tokprune.runtime.manifest import SegmentFacts
@@ -48,12 +50,16 @@ def build_fused(
     ]
     keys = [(segment, slot.make_key(_inputs(bundle, segment, onnxruntime.__version__))) for segment in segments]
 
+    def prepare(missing: list[str]) -> None:
+        if missing or not (folder / FORM).is_file():
+            slot.write_json(folder / FORM, measure_forms(bundle.manifest))
+
     def make(segment: SegmentFacts, key: str, building: Path) -> SegmentEngine:
         return _build_segment(bundle, segment, key, folder, building)
 
-    return fill_slot(
-        bundle, folder, (LIBRARY, onnxruntime.__version__, ARCH, "native", None), keys, make, finished=finished
-    )
+    built_for = (LIBRARY, onnxruntime.__version__, ARCH, "native", None)
+    result = fill_slot(bundle, folder, built_for, keys, make, prepare=prepare, finished=finished)
+    return result | {"attention_ms": json.loads((folder / FORM).read_text(encoding="utf-8"))}
 
 
 def _inputs(bundle: Bundle, segment: SegmentFacts, version: str) -> dict[str, Any]:
@@ -85,7 +91,7 @@ def _build_segment(bundle: Bundle, segment: SegmentFacts, key: str, folder: Path
     weights = slot.Weights(data.name, data.stat().st_size, sha256(data)) if data.exists() else None
     size, digest = (building / file).stat().st_size, sha256(building / file)
     made = SegmentEngine(segment.name, key, file, size, digest, 0.0, len(model.graph), {}, weights=weights)
-    apart = _check(bundle, segment, made, building)
+    apart = _check(bundle, segment, made, building, folder)
     os.replace(building / file, folder / file)
     return dataclasses.replace(made, seconds=round(time.perf_counter() - begin, 3), difference=apart)
 
@@ -107,12 +113,12 @@ def fuse(model: ir.Model, segment: SegmentFacts, positions: int, data: Path, roo
     widen_weights(model)
 
 
-def _check(bundle: Bundle, segment: SegmentFacts, made: SegmentEngine, folder: Path) -> float:
+def _check(bundle: Bundle, segment: SegmentFacts, made: SegmentEngine, building: Path, folder: Path) -> float:
     """The difference from the neutral graph. Raises UserError if it is beyond the precision's tolerance."""
-    slot_here = Found(folder, Slot(slot.SCHEMA, LIBRARY, "", ARCH, "native", None, "", (made,)))
+    here = Slot(slot.SCHEMA, LIBRARY, "", ARCH, "native", None, "", (made,))
     backend = OnnxRuntime()
     neutral = backend.load(bundle, segment)
-    fused = OnnxRuntime(slot=slot_here).load(bundle, segment)
+    fused = OnnxRuntime(slot=Found(building, here, read_form(folder))).load(bundle, segment)
     apart = difference(bundle.manifest, segment, backend, neutral, fused)
     allowed = TOLERANCES[bundle.manifest.precision]
     if not apart <= allowed:

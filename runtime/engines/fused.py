@@ -12,6 +12,7 @@ that no mask is needed, however the sequences of a batch are padded:
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from tokprune.runtime.manifest import SegmentFacts
 LIBRARY, ARCH = "onnxruntime", "cpu"
 LENGTHS, TOTAL = "seqlens_k", "total_sequence_length"  # rows that each sequence has behind the call, less 1; the most
 PIECE = 256  # rows
+FORM = "attention.json"  # in a slot: milliseconds of a usual question's attention, by form
 GROWTH = 64  # rows of room that a cache gets at least when it grows, else a quarter of what it holds
 
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -35,10 +37,11 @@ _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 @dataclass(frozen=True)
 class Found:
-    """A slot that fits, and its folder."""
+    """A slot that fits, its folder, and whether its attention has the flash form."""
 
     folder: Path
     slot: Slot
+    flash: bool
 
     def graph(self, segment: str) -> Path | None:
         """The segment's graph; None where the neutral one is to be used."""
@@ -52,11 +55,26 @@ def find_fused(bundle: Bundle, version: str) -> tuple[Found | None, tuple[str, .
         if slot.library == LIBRARY:
             reason = misfit(folder, slot, bundle, version, ARCH)
             if reason is None:
-                return Found(folder, slot), ()
+                return Found(folder, slot, read_form(folder)), ()
             remarks.append(
                 f"{folder.name} is not used, {reason}: build it again with tokprune build {bundle.path} --target cpu"
             )
     return None, tuple(remarks)
+
+
+def read_form(folder: Path) -> bool:
+    """Whether attention is to have its flash form in the slot ``folder``: what was faster where it was built.
+
+    Raises UserError for a file that does not say.
+    """
+    try:
+        times = json.loads((folder / FORM).read_text(encoding="utf-8"))
+        return float(times["flash"]) < float(times["whole"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{folder / FORM} does not say which form of attention is faster ({error!r}): remove that folder and build "
+            "it again with tokprune build --target cpu"
+        ) from None
 
 
 @dataclass

@@ -90,9 +90,10 @@ def make_key(parts: Mapping[str, Any]) -> str:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Whole or not at all."""
+    """Plain data or a dataclass, whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(dataclasses.asdict(data), indent=1) + "\n", encoding="utf-8")
+    plain = data if isinstance(data, dict) else dataclasses.asdict(data)
+    partial.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, path)
 
 
