@@ -212,6 +212,5 @@ class TestFlops:
         assert leverage.flops(n, d, options.get("rank"), options.get("settings")) == term.coefficient
 
     def test_both_ways_to_apply_the_gram_matrix_are_covered(self):
-        settings = Settings()
-        assert leverage.forms_gram(20, 400, 15, settings)
-        assert not leverage.forms_gram(576, 160, 16, settings)
+        assert leverage.forms_gram(20, 400, 15, rounds=8)
+        assert not leverage.forms_gram(576, 160, 16, rounds=8)

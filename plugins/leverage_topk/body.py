@@ -26,7 +26,7 @@ from onnx import FunctionProto, NodeProto, helper
 from tokprune.plugins.leverage_topk.reference import RANK_TOLERANCE
 from tokprune.plugins.nodes import DOMAIN, OPSET, Nodes
 from tokprune.plugins.topk import top_k_nodes
-from tokprune.runtime.leverage import Settings, forms_gram, is_full, oversampling, subspace_width
+from tokprune.runtime.leverage import Settings, forms_gram, is_full, oversampling, rounds, subspace_width
 
 OP_TYPE, VERSION = "LeverageTopK", 1
 ATTRIBUTES = ("k", "rank", "energy", "max_rank", "rounds", "oversampling", "purifications", "seed")
@@ -74,7 +74,7 @@ def leverage_topk_node(
     settings = settings or Settings()
     return helper.make_node(
         OP_TYPE, [x], list(outputs), name=OP_TYPE, domain=DOMAIN, k=k, rank=rank or 0, energy=float(energy or 0),
-        max_rank=settings.max_rank, rounds=settings.rounds, oversampling=oversampling(rank, settings),
+        max_rank=settings.max_rank, rounds=rounds(rank, settings), oversampling=oversampling(rank, settings),
         purifications=settings.purifications, seed=settings.seed,
     )  # fmt: skip
 
@@ -101,7 +101,7 @@ def leverage_topk_function(
         raise ValueError(f"rank {rank} must be smaller than the number of rows {n}: at full rank all scores are 1")
     if energy and not 0 < energy < 1:
         raise ValueError(f"energy {energy} must lie between 0 and 1")
-    body = _Body(n, d, subspace_width(n, d, rank, settings), settings)
+    body = _Body(n, d, subspace_width(n, d, rank, settings), rounds(rank, settings), settings)
     scores = body.scores(rank or min(settings.max_rank, n - 1), energy)
     top_k_nodes(body.nodes, scores, k, "kept_indices")
     return helper.make_function(
@@ -113,9 +113,9 @@ def leverage_topk_function(
 class _Body:
     """The nodes of one function. Shapes leave out the leading axis I; q is the width of the subspace."""
 
-    def __init__(self, n: int, d: int, width: int, settings: Settings) -> None:
+    def __init__(self, n: int, d: int, width: int, rounds: int, settings: Settings) -> None:
         self.nodes = Nodes("leverage")
-        self._n, self._d, self._q, self._settings = n, d, width, settings
+        self._n, self._d, self._q, self._rounds, self._settings = n, d, width, rounds, settings
         add = self.nodes.add
         self._identity = self.nodes.constant(np.eye(width, dtype=np.float32)[None])  # [1, q, q]
         self._x = add("Cast", "X", to=Nodes.FLOAT)  # [n, d]
@@ -125,7 +125,7 @@ class _Body:
         self._inverse_trace = add("Reciprocal", trace)  # [1, 1]
         zero = add("Mul", self._inverse_trace, self.nodes.float32(0))
         self._identities = add("Add", zero, self._identity)  # [q, q], one an image
-        self._gram = add("MatMul", self._x, self._xt) if forms_gram(n, d, width, settings) else None  # [n, n]
+        self._gram = add("MatMul", self._x, self._xt) if forms_gram(n, d, width, rounds) else None  # [n, n]
         # Rows of the start weigh less where those of X are longer: else all columns of XXᵀQ are nearly parallel
         # where a few rows are massive, and one elimination leaves them far from orthogonal.
         start = np.random.Generator(np.random.Philox(settings.seed)).standard_normal((n, width))
@@ -134,7 +134,7 @@ class _Body:
 
     def scores(self, rank: int, energy: float | None) -> str:
         """Nodes up to the output "scores" [n]; with ``energy``, ``rank`` is only the cap."""
-        add, rounds = self.nodes.add, self._settings.rounds
+        add, rounds = self.nodes.add, self._rounds
         leading = min(max(_LEAST_LEADING, int(_LEADING * self._q)), self._q - 1)
         q = self._start
         for turn in range(rounds):
@@ -143,7 +143,7 @@ class _Body:
             filtered = turn and self._q < min(self._n, self._d)
             shift = (1 - math.cos(math.pi * (turn - 0.5) / (rounds - 1))) / 2 if filtered else 0
             q = self._eliminated(self._normalised(self._apply(q, shift), _TINY), leading)
-            if is_full(turn, self._settings):
+            if is_full(turn, rounds, self._q):
                 q = self._eliminated(q, self._q - 1)
         projected = add("MatMul", self._xt, q)  # [d, q]
         t = add("Mul", add("MatMul", self._transposed(projected), projected), self._inverse_trace)

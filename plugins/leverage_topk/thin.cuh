@@ -1,4 +1,4 @@
-// Products with a tall, thin matrix of q columns: XXᵀ Q, XᵀQ and X B, in FP32 proper.
+// Products with a tall, thin matrix of q ≤ 32 columns: XXᵀ Q, XᵀQ and X B, in FP32 proper; wide.cuh has those of more.
 //
 // A block makes a strip of 16 rows; its eight warps share out the sum and add up in a fixed order. Q = 16 QT columns,
 // those behind q being zero. Columns of a basis are scaled to unit norm by whoever reads it: the norms are not known
@@ -44,11 +44,12 @@ __device__ void sumVector(float const* source, int count, int64_t stride, int st
     __syncthreads();
 }
 
-// Factors that scale a basis' columns to unit norm, from its strips' shares of basisᵀ basis.
+// Factors that scale a basis' columns to unit norm, from its strips' shares of basisᵀ basis, or of its diagonal.
 template <int QT>
 __device__ void columnScales(Sizes const& sizes, float const* parts, float* scales, float* shares) {
     constexpr int kWidth = 16 * QT;
-    sumVector<QT>(parts, sizes.strips, kWidth * kWidth, kWidth + 1, scales, shares);
+    sumVector<QT>(parts, sizes.strips, isWide(kWidth) ? kWidth : kWidth * kWidth, isWide(kWidth) ? 1 : kWidth + 1, scales,
+                  shares);
     if (threadIdx.x < kWidth) scales[threadIdx.x] = 1 / sqrtf(fmaxf(scales[threadIdx.x], kFloor));
     __syncthreads();
 }
@@ -102,8 +103,7 @@ __device__ void thinProduct(Left const& left, int row, float const* right, int b
     int const lane = threadIdx.x % 32, warp = threadIdx.x / 32, rowAt = 4 * (lane / 8), columnAt = lane % 8;
     float sums[4][2 * QT] = {};
     // As many loads under way as registers allow: the L2 cache is far.
-    [[maybe_unused]] constexpr int kAtOnce = QT <= 2 ? 8 : QT <= 5 ? 4 : 2;
-#pragma unroll kAtOnce
+#pragma unroll 8
     for (int k = begin + warp; k < end; k += kThinWarps) {
         float4 const a = left(k, row + rowAt);
         float const* const b = right + static_cast<int64_t>(k) * kWidth + columnAt;
@@ -160,7 +160,7 @@ __device__ void writeSquare(float const (&sums)[QT][QT], float* out) {
 
 // Calls visit(j, row, column) for j < count with row and column j of the matrix m that the block holds as addSquare
 // does, as they then are; visit may change m. `shared` [4 Q]: row and column, twice, in turn; one barrier for each j.
-// The outer loop is unrolled so that m stays in registers.
+// The outer loop is unrolled so that m stays in registers; visit is told j / 16, too, as a constant.
 template <int QT, class Visit>
 __device__ void forPivots(float (&m)[QT][QT], int count, float* shared, Visit visit) {
     constexpr int kWidth = 16 * QT;
@@ -176,7 +176,7 @@ __device__ void forPivots(float (&m)[QT][QT], int count, float* shared, Visit vi
                 if (column == s) pivotColumn[row + 16 * b] = m[b][t];
             }
             __syncthreads();
-            visit(16 * t + s, pivotRow, pivotColumn);
+            visit(t, 16 * t + s, pivotRow, pivotColumn);
         }
 }
 
@@ -187,8 +187,31 @@ __device__ void writePart(float const* tile, float* part) {
     writeSquare<QT>(sums, part);
 }
 
-// Grid (strips, 1, images): Y = (XXᵀ / tr(XXᵀ) − c) Q from basis[from] to the other, and its part of YᵀY. `node` is
-// c's share of the least Rayleigh quotient of the turn before, or 0; the first turn's Q is taken as it is.
+// c of the turn: `node`, which may be 0, is its share of the least Rayleigh quotient of the turn before.
+template <int QT>
+__device__ float shiftOf(Sizes const& sizes, Scratch const& scratch, int turn, float node, float* vector,
+                         float* shares) {
+    if (!(node > 0)) return 0;
+    sumVector<QT>(scratch.quotients[(turn + 1) % 2], sizes.strips, 16 * QT, 1, vector, shares);
+    float least = vector[0];
+    for (int j = 1; j < sizes.q; ++j) least = fminf(least, vector[j]);
+    __syncthreads();  // before the vector is written again
+    return least * node;
+}
+
+// The scales of the columns of basis[from] in a turn: the first turn's Q is taken as it is.
+template <int QT>
+__device__ void basisScales(Sizes const& sizes, Scratch const& scratch, int from, int turn, float* scales,
+                            float* shares) {
+    if (turn > 0) {
+        columnScales<QT>(sizes, scratch.parts[from], scales, shares);
+    } else {
+        if (threadIdx.x < 16 * QT) scales[threadIdx.x] = 1;
+        __syncthreads();
+    }
+}
+
+// Grid (strips, 1, images): Y = (XXᵀ / tr(XXᵀ) − c) Q from basis[from] to the other, and its part of YᵀY.
 template <int QT>
 __global__ void __launch_bounds__(kThinThreads, 1)
     multiplyKernel(Sizes sizes, float* workspace, int from, int turn, float node) {
@@ -199,21 +222,9 @@ __global__ void __launch_bounds__(kThinThreads, 1)
     float* const shares = shared + Thin<QT>::kSharesAt;
     Scratch const scratch = scratchOf(sizes, workspace, blockIdx.z);
     int const row = blockIdx.x * kStrip;
-    float shift = 0;
-    if (node > 0) {
-        sumVector<QT>(scratch.quotients[(turn + 1) % 2], sizes.strips, kWidth, 1, vector, shares);
-        shift = vector[0];
-        for (int j = 1; j < sizes.q; ++j) shift = fminf(shift, vector[j]);
-        shift *= node;
-        __syncthreads();  // before the vector is written again
-    }
+    float const shift = shiftOf<QT>(sizes, scratch, turn, node, vector, shares);
     thinProduct<QT>(GramColumns{scratch.gram, sizes.nPadded}, row, scratch.basis[from], 0, sizes.n, shared);
-    if (turn > 0) {
-        columnScales<QT>(sizes, scratch.parts[from], vector, shares);
-    } else if (threadIdx.x < kWidth) {
-        vector[threadIdx.x] = 1;
-    }
-    __syncthreads();
+    basisScales<QT>(sizes, scratch, from, turn, vector, shares);
     float const inverseTrace = *scratch.inverseTrace;
     float const* const before = scratch.basis[from] + row * kWidth;
     float* const products = shared;  // the warps' shares are done with; of basis and result, before the shift
@@ -260,6 +271,19 @@ __global__ void __launch_bounds__(kThinThreads, 1)
 #pragma unroll
         for (int b = 0; b < QT; ++b) sums[a][b] *= inverseTrace;
     writeSquare<QT>(sums, scratch.inputParts + static_cast<int64_t>(blockIdx.x) * kWidth * kWidth);
+}
+
+constexpr int kSumThreads = 256;
+
+// Grid (qPadded² / kSumThreads, 1, images): `small` = the sum of projectKernel's parts.
+static __global__ void __launch_bounds__(kSumThreads) sumPartsKernel(Sizes sizes, float* workspace) {
+    Scratch const scratch = scratchOf(sizes, workspace, blockIdx.z);
+    int const i = blockIdx.x * kSumThreads + threadIdx.x, square = sizes.qPadded * sizes.qPadded;
+    float sum = 0;
+#pragma unroll 8
+    for (int part = 0; part < sizes.inputParts; ++part)
+        sum += scratch.inputParts[static_cast<int64_t>(part) * square + i];
+    scratch.small[i] = sum;
 }
 
 // Grid (strips, inputSplits, images): one split's share of X B.

@@ -66,6 +66,20 @@ float halfToFloat(uint16_t bits) {
     return table[bits];
 }
 
+static uint32_t toHalf(float value) {
+    uint32_t const bits = __float_as_uint(value), sign = bits >> 16 & 0x8000u;
+    float const size = std::abs(value);
+    if (value != value) return sign | 0x7e00u;
+    if (size >= 65520.0f) return sign | 0x7c00u;
+    if (size < 0x1p-14f) return sign | static_cast<uint32_t>(std::nearbyintf(size * 0x1p24f));  // 1024 is 2^-14 itself
+    uint32_t const above = bits & 0x7fffffffu;
+    return sign | (above - 0x38000000u + 0xfffu + (above >> 13 & 1)) >> 13;  // ties to even
+}
+
+uint32_t toHalves(float first, float second) {
+    return toHalf(first) | toHalf(second) << 16;
+}
+
 uint32_t toTf32(float value) {
     return (__float_as_uint(value) + 0x1000u) & ~0x1fffu;
 }
