@@ -25,7 +25,6 @@ class Settings:
 
 _SMALL = 16  # ranks up to this one have a subspace of at most as many columns more, and more rounds
 _ROUNDS, _WIDE_ROUNDS = 8, 6
-_THIN = 32  # columns of the widest subspace of a small rank
 _LEAST = 8  # columns more than a small rank
 _MOST_WIDTH = 128  # that the kernels take: a rank close to it leaves fewer columns more, though at least _SMALL
 
@@ -54,13 +53,18 @@ def forms_gram(n: int, d: int, width: int, rounds: int) -> bool:
     return 4 * n * d * width * products > 2 * n * n * (d + width * products)
 
 
+def is_wide(width: int) -> bool:
+    """Whether a subspace is wider than any of a small rank: its projector starts from T(T + μ)⁻¹ in the graph, too."""
+    return width > 2 * _SMALL
+
+
 def is_full(turn: int, rounds: int, width: int) -> bool:
     """Whether round ``turn`` of ``rounds`` orthonormalises all columns: every second one, the last, a wide one's first.
 
     More than 32 columns of a first product are too nearly parallel to leave to the second round: of 1,000 subspaces 96
     wide, six came out with columns twice and a shift upon a wanted eigenvalue.
     """
-    return (rounds - 1 - turn) % 2 == 0 or (turn == 0 and width > _THIN)
+    return (rounds - 1 - turn) % 2 == 0 or (turn == 0 and is_wide(width))
 
 
 def flops(n: int, d: int, rank: int | None, settings: Settings | None = None) -> int:
@@ -77,7 +81,7 @@ def flops(n: int, d: int, rank: int | None, settings: Settings | None = None) ->
     passes = turns + sum(is_full(turn, turns, q) for turn in range(turns))
     total += passes * (_product(q, n, q) + _product(n, q, q))  # YᵀY, and Y by its factor
     total += _product(d, n, q) + _product(q, d, q)  # XᵀQ and T
-    return total + settings.purifications * _product(q, q, q) + _product(n, q, q)
+    return total + (settings.purifications + is_wide(q)) * _product(q, q, q) + _product(n, q, q)
 
 
 def _product(rows: int, inner: int, columns: int) -> int:
