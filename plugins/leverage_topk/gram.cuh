@@ -48,7 +48,7 @@ __device__ inline float normOf(Sizes const& sizes, Scratch const& scratch, int r
     int const index = tile * side - tile * (tile - 1) / 2;
     float sum = 0;
     for (int split = 0; split < sizes.gramSplits; ++split)
-        sum += scratch.gramParts[(static_cast<int64_t>(split) * sizes.tiles + index) * kTile * kTile + at * (kTile + 1)];
+        sum += scratch.gramParts[((static_cast<int64_t>(split) * sizes.tiles + index) * kTile + at) * kTile + at];
     return sum;
 }
 

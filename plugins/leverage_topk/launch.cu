@@ -14,6 +14,7 @@
 #include "../cuda/topk.cuh"
 #include "compress.cuh"
 #include "gram.cuh"
+#include "input.cuh"
 #include "orthonormal.cuh"
 #include "purify.cuh"
 
@@ -47,7 +48,7 @@ bool sizesOf(LeverageTopK const& call, Sizes& sizes) {
     sizes.gramSplits = ceilDiv(call.d, sizes.gramChunk);
     sizes.inputSplit = ceilDiv(call.d, std::min({kMostSplits, chunks, ceilDiv(kBlocksWanted, sizes.strips)}));
     sizes.inputSplits = ceilDiv(call.d, sizes.inputSplit);
-    sizes.inputParts = std::min(kMostParts, sizes.dPadded / kStrip);
+    sizes.inputParts = isWide(sizes.qPadded) ? kSquareSplits : std::min(kMostParts, sizes.dPadded / kStrip);
     sizes.vector = false;
     sizes.seed = static_cast<uint32_t>(call.seed);
     return true;
@@ -112,9 +113,10 @@ class Sequence {
         if (status_ == cudaSuccess) status_ = launch(kernel, grid, threads, shared, stream_, sizes_, arguments...);
     }
 
+    // YᵀY of the basis or, if `input`, of XᵀQ.
     void square(bool input, int splits) {
-        add(squareKernel<QT>, dim3(QT * (QT + 1) / 2, splits, call_.images), kThinThreads, Tiles<1, 2>::kShared, workspace_,
-            from_, input);
+        dim3 const blocks(QT * (QT + 1) / 2, splits, call_.images);
+        add(squareKernel<QT>, blocks, kThinThreads, Tiles<1, 2>::kShared, workspace_, from_, input);
     }
 
     // The leading columns out of all others, and then, if `full`, all out of all.

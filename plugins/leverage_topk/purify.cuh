@@ -59,7 +59,8 @@ __device__ void setHalves(uint32_t* x, int i, int j, float value) {
     smalls[i * 2 * Layout::kPitch + j] = smalls[j * 2 * Layout::kPitch + i] = static_cast<uint16_t>(small);
 }
 
-// The block of X², X symmetric in shared memory: to 2^-22, what two FP16 numbers say of X; the least product is left out.
+// The block of X², X symmetric in shared memory: to about 2^-22, as two FP16 numbers hold X and the least product is left
+// out.
 template <int QT>
 __device__ void squareBlock(uint32_t const* x, Block const& block, float (&squares)[2][4]) {
     using Layout = Purify<QT>;

@@ -30,7 +30,8 @@ struct Sizes {
     float energy;          // or 0
     int strips;            // of kStrip rows of X
     int tiles, gramSplits, gramChunk;         // of the Gram matrix's upper half; its sum over D in splits of a length
-    int inputSplits, inputSplit, inputParts;  // X B: its sum over D in splits of a length; blocks of XᵀQ
+    int inputSplits, inputSplit;  // X B: its sum over D in splits of a length
+    int inputParts;               // of (XᵀQ)ᵀ(XᵀQ): blocks of XᵀQ or, if wide, splits of the sum over D
     bool vector;           // X may be read in vectors
     uint32_t seed;
 };
@@ -45,10 +46,10 @@ struct Pair {
 // One image's scratch, in floats. What stands in one line lives one after the other in the same place.
 struct Scratch {
     float* gram;                       // [nPadded, nPadded]
-    float *gramParts, *inputParts;     // [gramSplits, tiles, 64, 64]; [inputParts or kSquareSplits, qPadded, qPadded]
+    float *gramParts, *inputParts;     // [gramSplits, tiles, 64, 64]; [inputParts, qPadded, qPadded]
     Pair basis;                        // [nPadded, qPadded], its columns not yet of unit norm
-    Pair parts;                        // [strips, qPadded, qPadded]: each strip's share of basisᵀ basis; [strips, qPadded]:
-                                       // of its diagonal, if wide
+    Pair parts;                        // [strips, qPadded, qPadded]: each strip's share of basisᵀ basis; if wide
+                                       // [strips, qPadded], of its diagonal
     Pair quotients;                    // [strips, qPadded]: each strip's share of the Rayleigh quotients
     float* small;                      // [qPadded, qPadded]: a sum of parts
     float* projector;                  // [qPadded, qPadded]
@@ -69,7 +70,7 @@ __host__ __device__ inline int64_t layOut(Sizes const& sizes, float* base, Scrat
     int64_t const n = sizes.nPadded, q = sizes.qPadded, strips = sizes.strips;
     int64_t const gramParts = static_cast<int64_t>(sizes.gramSplits) * sizes.tiles * kTile * kTile;
     bool const wide = isWide(sizes.qPadded);
-    int64_t const inputParts = (wide ? kSquareSplits : sizes.inputParts) * q * q;
+    int64_t const inputParts = sizes.inputParts * q * q;
     int64_t const part = wide ? q : q * q;
     scratch.gram = take(n * n);
     scratch.gramParts = scratch.inputParts = take(gramParts > inputParts ? gramParts : inputParts);

@@ -1,4 +1,4 @@
-// Products with a tall, thin matrix of q ≤ 32 columns: XXᵀ Q, XᵀQ and X B, in FP32 proper; wide.cuh has those of more.
+// Products with a tall, thin matrix of q ≤ 32 columns, in FP32 proper; wide.cuh has those of more columns.
 //
 // A block makes a strip of 16 rows; its eight warps share out the sum and add up in a fixed order. Q = 16 QT columns,
 // those behind q being zero. Columns of a basis are scaled to unit norm by whoever reads it: the norms are not known
@@ -47,9 +47,8 @@ __device__ void sumVector(float const* source, int count, int64_t stride, int st
 // Factors that scale a basis' columns to unit norm, from its strips' shares of basisᵀ basis, or of its diagonal.
 template <int QT>
 __device__ void columnScales(Sizes const& sizes, float const* parts, float* scales, float* shares) {
-    constexpr int kWidth = 16 * QT;
-    sumVector<QT>(parts, sizes.strips, isWide(kWidth) ? kWidth : kWidth * kWidth, isWide(kWidth) ? 1 : kWidth + 1, scales,
-                  shares);
+    constexpr int kWidth = 16 * QT, kLength = isWide(kWidth) ? 1 : kWidth;  // of a part, in rows
+    sumVector<QT>(parts, sizes.strips, kLength * kWidth, isWide(kWidth) ? 1 : kWidth + 1, scales, shares);
     if (threadIdx.x < kWidth) scales[threadIdx.x] = 1 / sqrtf(fmaxf(scales[threadIdx.x], kFloor));
     __syncthreads();
 }
@@ -62,48 +61,13 @@ struct GramColumns {
     }
 };
 
-template <class T>
-struct alignas(4 * sizeof(T)) Four {
-    T values[4];
-};
-
-template <class T>
-struct InputColumns {  // Xᵀ's rows
-    T const* x;
-    int d;
-    bool vector;
-    __device__ float4 operator()(int k, int column) const {
-        T const* const from = x + static_cast<int64_t>(k) * d + column;
-        Four<T> four{};
-        if (vector) {
-            if (column < d) four = *reinterpret_cast<Four<T> const*>(from);
-        } else {
-            for (int i = 0; i < 4; ++i)
-                if (column + i < d) four.values[i] = from[i];
-        }
-        return {toFloat(four.values[0]), toFloat(four.values[1]), toFloat(four.values[2]), toFloat(four.values[3])};
-    }
-};
-
-template <class T>
-struct InputRows {  // X's rows
-    T const* x;
-    int n, d;
-    __device__ float4 operator()(int k, int row) const {
-        float values[4];
-        for (int i = 0; i < 4; ++i) values[i] = row + i < n ? toFloat(x[static_cast<int64_t>(row + i) * d + k]) : 0;
-        return {values[0], values[1], values[2], values[3]};
-    }
-};
-
 // tile [16, Q] = Σ over k in [begin, end) of left(k, row) · right[k, :]. Ends with a barrier.
 template <int QT, class Left>
 __device__ void thinProduct(Left const& left, int row, float const* right, int begin, int end, float* shared) {
     constexpr int kWidth = Thin<QT>::kWidth;
     int const lane = threadIdx.x % 32, warp = threadIdx.x / 32, rowAt = 4 * (lane / 8), columnAt = lane % 8;
     float sums[4][2 * QT] = {};
-    // As many loads under way as registers allow: the L2 cache is far.
-#pragma unroll 8
+#pragma unroll 8  // as many loads under way as registers allow: the L2 cache is far
     for (int k = begin + warp; k < end; k += kThinWarps) {
         float4 const a = left(k, row + rowAt);
         float const* const b = right + static_cast<int64_t>(k) * kWidth + columnAt;
@@ -240,83 +204,6 @@ __global__ void __launch_bounds__(kThinThreads, 1)
         for (int r = 0; r < kStrip; ++r) quotient += products[r * kWidth + threadIdx.x];
         scratch.quotients[turn % 2][blockIdx.x * kWidth + threadIdx.x] = quotient;
     }
-    writePart<QT>(tile, scratch.parts[1 - from] + static_cast<int64_t>(blockIdx.x) * kWidth * kWidth);
-}
-
-// Grid (inputParts, 1, images): B = XᵀQ for Q = basis[from], to `projected`, or else only the part of BᵀB / tr(XXᵀ).
-template <int QT, class T>
-__global__ void __launch_bounds__(kThinThreads, 1)
-    projectKernel(Sizes sizes, T const* x, float* workspace, int from, bool square) {
-    TOKPRUNE_SHARED(memory);
-    float* const shared = reinterpret_cast<float*>(memory);
-    constexpr int kWidth = Thin<QT>::kWidth;
-    float *const tile = shared + Thin<QT>::kTileAt, *const scales = shared + Thin<QT>::kVectorAt;
-    Scratch const scratch = scratchOf(sizes, workspace, blockIdx.z);
-    x += static_cast<int64_t>(blockIdx.z) * sizes.n * sizes.d;
-    columnScales<QT>(sizes, scratch.parts[from], scales, shared + Thin<QT>::kSharesAt);
-    float sums[QT][QT] = {};
-    for (int column = blockIdx.x * kStrip; column < sizes.d; column += sizes.inputParts * kStrip) {
-        thinProduct<QT>(InputColumns<T>{x, sizes.d, sizes.vector}, column, scratch.basis[from], 0, sizes.n, shared);
-        for (int i = threadIdx.x; i < kStrip * kWidth; i += kThinThreads) {
-            tile[i] *= scales[i % kWidth];
-            if (!square) scratch.projected[static_cast<int64_t>(column) * kWidth + i] = tile[i];
-        }
-        __syncthreads();
-        if (square) addSquare<QT>(tile, sums);
-    }
-    if (!square) return;
-    float const inverseTrace = *scratch.inverseTrace;
-#pragma unroll
-    for (int a = 0; a < QT; ++a)
-#pragma unroll
-        for (int b = 0; b < QT; ++b) sums[a][b] *= inverseTrace;
-    writeSquare<QT>(sums, scratch.inputParts + static_cast<int64_t>(blockIdx.x) * kWidth * kWidth);
-}
-
-constexpr int kSumThreads = 256;
-
-// Grid (qPadded² / kSumThreads, 1, images): `small` = the sum of projectKernel's parts.
-static __global__ void __launch_bounds__(kSumThreads) sumPartsKernel(Sizes sizes, float* workspace) {
-    Scratch const scratch = scratchOf(sizes, workspace, blockIdx.z);
-    int const i = blockIdx.x * kSumThreads + threadIdx.x, square = sizes.qPadded * sizes.qPadded;
-    float sum = 0;
-#pragma unroll 8
-    for (int part = 0; part < sizes.inputParts; ++part)
-        sum += scratch.inputParts[static_cast<int64_t>(part) * square + i];
-    scratch.small[i] = sum;
-}
-
-// Grid (strips, inputSplits, images): one split's share of X B.
-template <int QT, class T>
-__global__ void __launch_bounds__(kThinThreads, 1) applyKernel(Sizes sizes, T const* x, float* workspace) {
-    TOKPRUNE_SHARED(memory);
-    float* const shared = reinterpret_cast<float*>(memory);
-    constexpr int kWidth = Thin<QT>::kWidth;
-    Scratch const scratch = scratchOf(sizes, workspace, blockIdx.z);
-    x += static_cast<int64_t>(blockIdx.z) * sizes.n * sizes.d;
-    int const row = blockIdx.x * kStrip, begin = min(static_cast<int>(blockIdx.y) * sizes.inputSplit, sizes.d);
-    int const end = min(begin + sizes.inputSplit, sizes.d);
-    thinProduct<QT>(InputRows<T>{x, sizes.n, sizes.d}, row, scratch.projected, begin, end, shared);
-    float* const out = scratch.split + (static_cast<int64_t>(blockIdx.y) * sizes.nPadded + row) * kWidth;
-    for (int i = threadIdx.x; i < kStrip * kWidth; i += kThinThreads) out[i] = shared[Thin<QT>::kTileAt + i];
-}
-
-// Grid (strips, 1, images): Y = X B / tr(XXᵀ) from its splits to the basis beside basis[from], and its part of YᵀY.
-template <int QT>
-__global__ void __launch_bounds__(kThinThreads) gatherSplitsKernel(Sizes sizes, float* workspace, int from) {
-    TOKPRUNE_SHARED(memory);
-    float* const tile = reinterpret_cast<float*>(memory);
-    constexpr int kWidth = Thin<QT>::kWidth;
-    Scratch const scratch = scratchOf(sizes, workspace, blockIdx.z);
-    int const first = blockIdx.x * kStrip * kWidth;
-    for (int i = threadIdx.x; i < kStrip * kWidth; i += kThinThreads) {
-        float sum = 0;
-        for (int split = 0; split < sizes.inputSplits; ++split)
-            sum += scratch.split[static_cast<int64_t>(split) * sizes.nPadded * kWidth + first + i];
-        tile[i] = sum * *scratch.inverseTrace;
-        scratch.basis[1 - from][first + i] = tile[i];
-    }
-    __syncthreads();
     writePart<QT>(tile, scratch.parts[1 - from] + static_cast<int64_t>(blockIdx.x) * kWidth * kWidth);
 }
 

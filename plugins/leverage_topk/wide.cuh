@@ -128,7 +128,8 @@ struct Project : Tiles<kInputTiles, QT> {
 
 // Grid (blocks of 16 kInputTiles columns of X, 2, images): half the columns of XᵀQ for Q = basis[from].
 template <int QT, class T>
-__global__ void __launch_bounds__(kThinThreads, 1) wideProjectKernel(Sizes sizes, T const* x, float* workspace, int from) {
+__global__ void __launch_bounds__(kThinThreads, 1)
+    wideProjectKernel(Sizes sizes, T const* x, float* workspace, int from) {
     using Layout = Project<QT>;
     TOKPRUNE_SHARED(memory);
     float* const shared = reinterpret_cast<float*>(memory);
@@ -148,10 +149,11 @@ __global__ void __launch_bounds__(kThinThreads, 1) wideProjectKernel(Sizes sizes
     }
 }
 
-// Grid (QT (QT + 1) / 2, splits, images): one 16 x 16 block of YᵀY, and what mirrors it, for the basis, in one split, to
-// `small`; for XᵀQ, if `input`, to the splits' `inputParts`.
+// Grid (QT (QT + 1) / 2, splits, images): one 16 x 16 block of YᵀY, and what mirrors it: of the basis, in one split, to
+// `small`; of XᵀQ, if `input`, to the splits' `inputParts`.
 template <int QT>
-__global__ void __launch_bounds__(kThinThreads, 1) squareKernel(Sizes sizes, float* workspace, int from, bool input) {
+__global__ void __launch_bounds__(kThinThreads, 1)
+    squareKernel(Sizes sizes, float* workspace, int from, bool input) {
     using Layout = Tiles<1, 2>;
     TOKPRUNE_SHARED(memory);
     float* const shared = reinterpret_cast<float*>(memory);
