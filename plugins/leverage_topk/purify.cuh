@@ -10,7 +10,7 @@
 
 namespace tokprune::leverage {
 
-constexpr int kPurifyThreads = 512, kPurifyWarps = kPurifyThreads / 32;
+constexpr int kPurifyThreads = 576, kPurifyWarps = kPurifyThreads / 32;  // two blocks of 16 x 16 a warp at most
 // Once tr(X − X²) is this small, all eigenvalues are near 0 or 1, and each further step squares one side's distance.
 constexpr float kNearlyPure = 1e-3f;
 constexpr int kLastSteps = 4;
