@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from cuda_host import host
 from leverage import demo_states, synthetic
+from test_plugins_gpu import rows
 from test_plugins_leverage_topk import assert_matches, hidden_states, with_gap
 
 from tokprune.plugins.leverage_topk import reference
@@ -50,6 +51,15 @@ class TestAgainstTheReference:
             assert np.abs(scores[0] - expected).max() < metrics.MARGIN * np.sort(expected)[-64]
             for keep in (64, 128, 192):
                 assert metrics.kept_equal_margin(top_k(scores[0], keep), expected), (rank, keep)
+
+    @pytest.mark.slow
+    def test_kept_sets_of_cases_as_the_gpu_check_draws_them(self):
+        for seed in range(12):
+            x = rows(seed, 1, 576, 4096, np.float16)
+            expected = reference.leverage_scores(x[0], rank=64)
+            _, scores = host.leverage_topk(x, 64, rank=64)
+            for keep in (64, 128, 192):
+                assert metrics.kept_equal_margin(top_k(scores[0], keep), expected), (seed, keep)
 
     @pytest.mark.parametrize("decay", [0.5, 1.0, 1.5])
     def test_massive_rows_do_not_drown_the_others(self, decay):
