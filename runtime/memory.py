@@ -147,7 +147,8 @@ def selector_workspace(facts: ModelFacts, plan: Plan, index: int, text_tokens: i
         assert plan.rank is not None  # make_plan saw to it
         settings = leverage.Settings()
         q = leverage.subspace_width(tokens, facts.hidden, plan.rank.components, settings)
-        gram = tokens * tokens if leverage.forms_gram(tokens, facts.hidden, q, settings) else 0
+        rounds = leverage.rounds(plan.rank.components, settings)
+        gram = tokens * tokens if leverage.forms_gram(tokens, facts.hidden, q, rounds) else 0
         values += 2 * tokens * facts.hidden + gram + 5 * tokens * q + facts.hidden * q
     if plan.module is not None:
         both = tokens + text_tokens

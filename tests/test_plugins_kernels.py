@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from cuda_host import host
 from leverage import demo_states, synthetic
-from test_plugins_leverage_topk import assert_matches, hidden_states
+from test_plugins_gpu import rows
+from test_plugins_leverage_topk import assert_matches, hidden_states, with_gap
 
 from tokprune.plugins.leverage_topk import reference
 from tokprune.plugins.topk import top_k
@@ -51,6 +52,15 @@ class TestAgainstTheReference:
             for keep in (64, 128, 192):
                 assert metrics.kept_equal_margin(top_k(scores[0], keep), expected), (rank, keep)
 
+    @pytest.mark.slow
+    def test_kept_sets_of_cases_as_the_gpu_check_draws_them(self):
+        for seed in range(12):
+            x = rows(seed, 1, 576, 4096, np.float16)
+            expected = reference.leverage_scores(x[0], rank=64)
+            _, scores = host.leverage_topk(x, 64, rank=64)
+            for keep in (64, 128, 192):
+                assert metrics.kept_equal_margin(top_k(scores[0], keep), expected), (seed, keep)
+
     @pytest.mark.parametrize("decay", [0.5, 1.0, 1.5])
     def test_massive_rows_do_not_drown_the_others(self, decay):
         for factor in (1, 1000):  # λ_1/λ_16 up to 1e7
@@ -66,6 +76,12 @@ class TestAgainstTheReference:
             expected = reference.leverage_scores(x, rank=8)
             kept, _ = host.leverage_topk(x[None], 64, rank=8)
             assert metrics.kept_equal_margin(kept[0], expected)
+
+    @pytest.mark.parametrize("gap", [0.05, 5e-4])
+    def test_small_gap_at_a_large_rank(self, gap):
+        x = with_gap(7, 160, 200, 64, gap)
+        kept, scores = host.leverage_topk(x[None], 40, rank=64)
+        assert_matches(kept[0], scores[0], x, 40, rank=64)
 
     @pytest.mark.parametrize("energy", [0.5, 0.9, 0.99])
     def test_energy(self, energy):
@@ -131,6 +147,12 @@ class TestRunning:
         assert np.isnan(scores).any()
         assert (np.diff(kept[0]) > 0).all()
         assert 0 <= kept[0, 0] <= kept[0, -1] < 80
+
+    @pytest.mark.parametrize("rank", [8, 40])
+    def test_purification_ends_once_the_projector_is_one(self, rank):
+        x = hidden_states(2, 80, 60, np.float32)
+        runs = [host.leverage_topk(x[None], 20, rank=rank, settings=Settings(purifications=n)) for n in (45, 90)]
+        assert len({(kept.tobytes(), scores.tobytes()) for kept, scores in runs}) == 1
 
     def test_another_seed_is_another_start_for_the_same_scores(self):
         x = hidden_states(2, 80, 60, np.float32)

@@ -37,6 +37,15 @@ def hidden_states(seed: int, n: int, d: int, dtype: type, decay: float = 1.0, ma
     return x.astype(dtype)
 
 
+def with_gap(seed: int, n: int, d: int, rank: int, gap: float) -> np.ndarray:
+    """float32 [n, d] of singular values 1/j, but that σ² at ``rank`` and the next one differ by the share ``gap``."""
+    rng = np.random.Generator(np.random.Philox(seed))
+    u, v = (np.linalg.qr(rng.standard_normal((rows, min(n, d))))[0] for rows in (n, d))
+    sigma = 1 / np.arange(1, min(n, d) + 1)
+    sigma[rank] = sigma[rank - 1] * np.sqrt(1 - gap)
+    return ((u * sigma) @ v.T).astype(np.float32)
+
+
 def model(n: int, d: int, k: int, dtype: type = np.float32, **options) -> onnx.ModelProto:
     node, function = body.leverage_topk("x", ("kept_indices", "scores"), n, d, k, **options)
     graph = helper.make_graph(
@@ -117,6 +126,12 @@ class TestBody:
             kept, _ = run.run(None, {"x": x[None]})
             assert metrics.kept_equal_margin(kept[0], expected)
             assert metrics.kept_overlap(kept[0], top_k(expected, 128)) >= 0.98
+
+    @pytest.mark.parametrize("gap", [0.05, 5e-4])
+    def test_small_gap_at_a_large_rank(self, gap):
+        x = with_gap(7, 160, 200, 64, gap)
+        kept, scores = session(160, 200, 40, rank=64).run(None, {"x": x[None]})
+        assert_matches(kept[0], scores[0], x, 40, rank=64)
 
     def test_width_of_7b_with_fp16_input(self):
         x = hidden_states(2, 144, 4096, np.float16)  # 144 of the 576 rows: float64 SVD takes a second at 576
@@ -200,6 +215,7 @@ class TestFlops:
             (20, 400, {"rank": 7}),  # forms XXᵀ
             (16, 48, {"energy": 0.9}),  # as wide as X has rows
             (100, 96, {"energy": 0.5}),
+            (90, 200, {"rank": 40}),  # wide
             (30, 1, {"rank": 1}),  # products over a single term count nothing
             (40, 30, {"rank": 4, "settings": Settings(rounds=3, oversampling=5, purifications=2)}),
         ],
@@ -211,7 +227,13 @@ class TestFlops:
         assert term.powers == {names.IMAGES: 1}
         assert leverage.flops(n, d, options.get("rank"), options.get("settings")) == term.coefficient
 
+    @pytest.mark.parametrize(
+        ("rank", "width", "rounds"), [(1, 9, 8), (16, 32, 8), (17, 34, 6), (64, 96, 6), (None, 96, 6), (112, 128, 6)]
+    )
+    def test_wider_subspaces_take_fewer_rounds_and_what_the_kernels_take(self, rank, width, rounds):
+        assert leverage.subspace_width(576, 4096, rank, Settings()) == width
+        assert leverage.rounds(rank, Settings()) == rounds
+
     def test_both_ways_to_apply_the_gram_matrix_are_covered(self):
-        settings = Settings()
-        assert leverage.forms_gram(20, 400, 15, settings)
-        assert not leverage.forms_gram(576, 160, 16, settings)
+        assert leverage.forms_gram(20, 400, 15, rounds=8)
+        assert not leverage.forms_gram(576, 160, 16, rounds=8)

@@ -57,6 +57,13 @@ __device__ inline float toFloat(Half value) {
     return result;
 }
 
+// Two FP16 numbers nearest to the values, the first in the low half.
+__device__ inline uint32_t toHalves(float first, float second) {
+    uint32_t result;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(second), "f"(first));
+    return result;
+}
+
 // TF32 nearest to value, ties away from zero, as the bits of a float.
 __device__ inline uint32_t toTf32(float value) {
     uint32_t result;
@@ -104,6 +111,7 @@ using cuda_host::copyWait;
 using cuda_host::mmaBFloat16;
 using cuda_host::mmaHalf;
 using cuda_host::mmaTf32;
+using cuda_host::toHalves;
 using cuda_host::toTf32;
 
 #endif

@@ -26,7 +26,8 @@ from onnx import FunctionProto, NodeProto, helper
 from tokprune.plugins.leverage_topk.reference import RANK_TOLERANCE
 from tokprune.plugins.nodes import DOMAIN, OPSET, Nodes
 from tokprune.plugins.topk import top_k_nodes
-from tokprune.runtime.leverage import Settings, forms_gram, is_full, oversampling, subspace_width
+from tokprune.runtime import leverage
+from tokprune.runtime.leverage import Settings
 
 OP_TYPE, VERSION = "LeverageTopK", 1
 ATTRIBUTES = ("k", "rank", "energy", "max_rank", "rounds", "oversampling", "purifications", "seed")
@@ -74,8 +75,9 @@ def leverage_topk_node(
     settings = settings or Settings()
     return helper.make_node(
         OP_TYPE, [x], list(outputs), name=OP_TYPE, domain=DOMAIN, k=k, rank=rank or 0, energy=float(energy or 0),
-        max_rank=settings.max_rank, rounds=settings.rounds, oversampling=oversampling(rank, settings),
-        purifications=settings.purifications, seed=settings.seed,
+        max_rank=settings.max_rank, rounds=leverage.rounds(rank, settings),
+        oversampling=leverage.oversampling(rank, settings), purifications=leverage.purifications(rank, settings),
+        seed=settings.seed,
     )  # fmt: skip
 
 
@@ -101,8 +103,9 @@ def leverage_topk_function(
         raise ValueError(f"rank {rank} must be smaller than the number of rows {n}: at full rank all scores are 1")
     if energy and not 0 < energy < 1:
         raise ValueError(f"energy {energy} must lie between 0 and 1")
-    body = _Body(n, d, subspace_width(n, d, rank, settings), settings)
-    scores = body.scores(rank or min(settings.max_rank, n - 1), energy)
+    body = _Body(n, d, leverage.subspace_width(n, d, rank, settings), leverage.rounds(rank, settings), settings.seed)
+    cap = rank or min(settings.max_rank, n - 1)
+    scores = body.scores(cap, energy, leverage.purifications(rank, settings))
     top_k_nodes(body.nodes, scores, k, "kept_indices")
     return helper.make_function(
         DOMAIN, OP_TYPE, ["X"], ["kept_indices", "scores"], body.nodes.protos,
@@ -113,9 +116,9 @@ def leverage_topk_function(
 class _Body:
     """The nodes of one function. Shapes leave out the leading axis I; q is the width of the subspace."""
 
-    def __init__(self, n: int, d: int, width: int, settings: Settings) -> None:
+    def __init__(self, n: int, d: int, width: int, rounds: int, seed: int) -> None:
         self.nodes = Nodes("leverage")
-        self._n, self._d, self._q, self._settings = n, d, width, settings
+        self._n, self._d, self._q, self._rounds = n, d, width, rounds
         add = self.nodes.add
         self._identity = self.nodes.constant(np.eye(width, dtype=np.float32)[None])  # [1, q, q]
         self._x = add("Cast", "X", to=Nodes.FLOAT)  # [n, d]
@@ -125,16 +128,16 @@ class _Body:
         self._inverse_trace = add("Reciprocal", trace)  # [1, 1]
         zero = add("Mul", self._inverse_trace, self.nodes.float32(0))
         self._identities = add("Add", zero, self._identity)  # [q, q], one an image
-        self._gram = add("MatMul", self._x, self._xt) if forms_gram(n, d, width, settings) else None  # [n, n]
+        self._gram = add("MatMul", self._x, self._xt) if leverage.forms_gram(n, d, width, rounds) else None  # [n, n]
         # Rows of the start weigh less where those of X are longer: else all columns of XXᵀQ are nearly parallel
         # where a few rows are massive, and one elimination leaves them far from orthogonal.
-        start = np.random.Generator(np.random.Philox(settings.seed)).standard_normal((n, width))
+        start = np.random.Generator(np.random.Philox(seed)).standard_normal((n, width))
         norms = add("Sqrt", add("Max", rows, self.nodes.float32(_TINY)))
         self._start = add("Div", self.nodes.constant(start.astype(np.float32)[None]), norms)  # [n, q]
 
-    def scores(self, rank: int, energy: float | None) -> str:
+    def scores(self, rank: int, energy: float | None, purifications: int) -> str:
         """Nodes up to the output "scores" [n]; with ``energy``, ``rank`` is only the cap."""
-        add, rounds = self.nodes.add, self._settings.rounds
+        add, rounds = self.nodes.add, self._rounds
         leading = min(max(_LEAST_LEADING, int(_LEADING * self._q)), self._q - 1)
         q = self._start
         for turn in range(rounds):
@@ -143,12 +146,13 @@ class _Body:
             filtered = turn and self._q < min(self._n, self._d)
             shift = (1 - math.cos(math.pi * (turn - 0.5) / (rounds - 1))) / 2 if filtered else 0
             q = self._eliminated(self._normalised(self._apply(q, shift), _TINY), leading)
-            if is_full(turn, self._settings):
+            if leverage.is_full(turn, rounds, self._q):
                 q = self._eliminated(q, self._q - 1)
         projected = add("MatMul", self._xt, q)  # [d, q]
         t = add("Mul", add("MatMul", self._transposed(projected), projected), self._inverse_trace)
         t, target = self._target(t, rank, energy)
-        p = self._projector(t, target)
+        start = self._compressed(t, target) if leverage.is_wide(self._q) else self._scaled(t)
+        p = self._projector(start, target, purifications)
         weighted = add("Mul", add("MatMul", q, p), q)
         summed = add("ReduceSum", weighted, self.nodes.int64([2]), keepdims=0)
         return add("Max", summed, self.nodes.float32(0), output="scores")
@@ -188,9 +192,14 @@ class _Body:
         It is Y L⁻ᵀ D^-½ with YᵀY = LDLᵀ, L having a unit diagonal; with fewer ``columns`` than q − 1 the
         factorisation stops early, and the later columns are not orthogonal to each other.
         """
+        a = self.nodes.add("MatMul", self._transposed(y), y)  # [q, q]
+        _, inverse = self._factored(a, columns)
+        return self._normalised(self.nodes.add("MatMul", y, self._transposed(inverse)), _FLOOR)
+
+    def _factored(self, a: str, columns: int) -> tuple[str, str]:
+        """DLᵀ and L⁻¹ [q, q] of ``a`` = LDLᵀ, L having a unit diagonal, of its first ``columns`` eliminated."""
         add, nodes, width = self.nodes.add, self.nodes, self._q
-        a = add("MatMul", self._transposed(y), y)  # [q, q]
-        # Elimination of [A | I] without pivoting: rows end as [DLᵀ | L⁻¹] where A = LDLᵀ.
+        # Elimination of [A | I] without pivoting: rows end as [DLᵀ | L⁻¹].
         rows = add("Concat", a, self._identities, axis=2)  # [q, 2q]
         finished = []
         for j in range(columns):
@@ -201,8 +210,8 @@ class _Body:
             factors = add("Div", add("Gather", rows, nodes.int64([j]), axis=2), pivot)  # [q - 1 - j, 1]
             rows = add("Sub", rows, add("Mul", factors, row))
         rows = add("Concat", *finished, rows, axis=1)  # [q, 2q]
-        _, inverse = nodes.add_many("Split", 2, rows, nodes.int64([width, width]), axis=2)
-        return self._normalised(add("MatMul", y, self._transposed(inverse)), _FLOOR)
+        upper, inverse = nodes.add_many("Split", 2, rows, nodes.int64([width, width]), axis=2)
+        return upper, inverse
 
     def _target(self, t: str, rank: int, energy: float | None) -> tuple[str, str]:
         """T without the directions that are rounding noise, and the rank [1, 1] its projector shall have."""
@@ -220,17 +229,41 @@ class _Body:
             target = add("Min", target, needed)
         return t, target
 
-    def _projector(self, t: str, target: str) -> str:
-        """Projector [q, q] onto the ``target`` largest eigenvalues of ``t``, by SP2.
+    def _scaled(self, t: str) -> str:
+        """``t`` by a bound on its eigenvalues."""
+        add, nodes = self.nodes.add, self.nodes
+        bound = add("ReduceMax", add("ReduceSum", add("Abs", t), nodes.int64([1])), nodes.int64([2]))
+        return add("Div", t, add("Max", bound, nodes.float32(_TINY)))
+
+    def _compressed(self, t: str, target: str) -> str:
+        """``t`` (t + μ)⁻¹ with μ near its ``target``-th eigenvalue: same eigenvectors, eigenvalues about μ at a half.
+
+        From t itself SP2 would spend two steps on every factor of four between μ and the first eigenvalue, and with
+        many of them leave small gaps at μ open. The inverse costs about five nodes a column.
+        """
+        add, nodes = self.nodes.add, self.nodes
+        ritz = add("ReduceSum", add("Mul", t, self._identity), nodes.int64([1]))  # [1, q], noise being zero
+        places = nodes.constant(np.arange(self._q, dtype=np.float32)[None, None])
+        wanted = add("Where", add("Less", places, target), ritz, nodes.float32(_HUGE))
+        mu = add("Max", add("ReduceMin", wanted, nodes.int64([2])), nodes.float32(_TINY))  # [1, 1]
+        scales = add("Reciprocal", add("Sqrt", add("Add", ritz, mu)))  # [1, q]
+        scaled = add("Mul", scales, self._transposed(scales))  # [q, q]
+        # s (t + μ) s, s bringing the diagonal to 1, by its factors: (t + μ)⁻¹ = s L⁻ᵀ D⁻¹ L⁻¹ s
+        m = add("Add", add("Mul", t, scaled), add("Mul", self._identity, add("Mul", mu, add("Mul", scales, scales))))
+        upper, inverse = self._factored(m, self._q - 1)
+        pivots = add("ReduceSum", add("Mul", upper, self._identity), nodes.int64([2]))  # [q, 1]
+        inverse = add("MatMul", self._transposed(inverse), add("Div", inverse, pivots))
+        return add("Sub", self._identity, add("Mul", add("Mul", inverse, scaled), mu))
+
+    def _projector(self, x: str, target: str, steps: int) -> str:
+        """Projector [q, q] onto the ``target`` largest eigenvalues of ``x``, which lie in [0, 1], by SP2.
 
         Two maps of [0, 1] keep 0, 1 and the order of eigenvalues: x² lowers, 2x − x² raises. Each step takes
         the one whose trace comes nearer to the target: x² if (tr X − tr X²)(tr X − target) > 0. Going by
         tr X > target alone would, once converged, feed rounding errors the map that doubles them.
         """
         add, nodes = self.nodes.add, self.nodes
-        bound = add("ReduceMax", add("ReduceSum", add("Abs", t), nodes.int64([1])), nodes.int64([2]))
-        x = add("Div", t, add("Max", bound, nodes.float32(_TINY)))
-        for _ in range(self._settings.purifications):
+        for _ in range(steps):
             square = add("MatMul", x, x)
             difference = add("Sub", x, square)
             excess = add("Sub", self._trace(x), target)

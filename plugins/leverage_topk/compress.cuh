@@ -35,7 +35,7 @@ __device__ inline int targetOf(Sizes const& sizes, float const* ritz, float floo
 template <int QT>
 __device__ void sweep(float (&m)[QT][QT], float* shared) {
     int const row = threadIdx.x / 16, column = threadIdx.x % 16;
-    forPivots<QT>(m, 16 * QT, shared, [&](int j, float const* pivotRow, float const* pivotColumn) {
+    forPivots<QT>(m, 16 * QT, shared, [&](int, int j, float const* pivotRow, float const* pivotColumn) {
         float const inverse = 1 / pivotRow[j];
 #pragma unroll
         for (int a = 0; a < QT; ++a)
@@ -48,16 +48,32 @@ __device__ void sweep(float (&m)[QT][QT], float* shared) {
     });
 }
 
-// Grid (1, 1, images): `projector` = T (T + μ)⁻¹ from T in `small`, and its rank to be in `target`.
+// Grid (1, 1, images): `projector` = T (T + μ)⁻¹ from T in `small`, or from its splits in `inputParts` if wide, and its
+// rank to be in `target`.
 template <int QT>
-__global__ void __launch_bounds__(kThinThreads) compressKernel(Sizes sizes, float* workspace) {
+__global__ void __launch_bounds__(kThinThreads, 1) compressKernel(Sizes sizes, float* workspace) {
     TOKPRUNE_SHARED(memory);
     constexpr int kWidth = Compress<QT>::kWidth;
     float *const ritz = reinterpret_cast<float*>(memory), *const scales = ritz + kWidth;
     float* const pivots = scales + kWidth;
     int const row = threadIdx.x / 16, column = threadIdx.x % 16;
     Scratch const scratch = scratchOf(sizes, workspace, blockIdx.z);
-    if (threadIdx.x < kWidth) ritz[threadIdx.x] = scratch.small[threadIdx.x * (kWidth + 1)];
+    float m[QT][QT];
+#pragma unroll
+    for (int a = 0; a < QT; ++a)
+#pragma unroll
+        for (int b = 0; b < QT; ++b) {
+            int const i = row + 16 * a, c = column + 16 * b, at = min(i, c) * kWidth + max(i, c);
+            if constexpr (isWide(kWidth)) {
+                float sum = 0;
+                for (int split = 0; split < kSquareSplits; ++split)
+                    sum += scratch.inputParts[split * kWidth * kWidth + at];
+                m[a][b] = sum * *scratch.inverseTrace;
+            } else {
+                m[a][b] = scratch.small[at];
+            }
+            if (i == c) ritz[i] = m[a][b];
+        }
     __syncthreads();
     float most = 0;
     for (int j = threadIdx.x % 32; j < sizes.q; j += 32) most = fmaxf(most, ritz[j]);
@@ -68,13 +84,12 @@ __global__ void __launch_bounds__(kThinThreads) compressKernel(Sizes sizes, floa
     auto const counts = [&](int i) { return ritz[i] > floor; };
     if (threadIdx.x < kWidth) scales[threadIdx.x] = 1 / sqrtf(mu + (counts(threadIdx.x) ? ritz[threadIdx.x] : 0));
     __syncthreads();
-    float m[QT][QT];
 #pragma unroll
     for (int a = 0; a < QT; ++a)
 #pragma unroll
         for (int b = 0; b < QT; ++b) {
             int const i = row + 16 * a, c = column + 16 * b;
-            float const value = counts(i) && counts(c) ? scratch.small[min(i, c) * kWidth + max(i, c)] : 0;
+            float const value = counts(i) && counts(c) ? m[a][b] : 0;
             m[a][b] = i == c ? 1 : value * scales[i] * scales[c];
         }
     sweep<QT>(m, pivots);

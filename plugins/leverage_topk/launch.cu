@@ -1,8 +1,9 @@
 // LeverageTopK: the sequence of launches.
 //
 // 1. XXᵀ in FP32. 2. Subspace iteration Q ← orth((XXᵀ − c)Q) from a fixed start, the shifts c being a Chebyshev
-// filter's. 3. One pass with X itself, Q ← orth(X(XᵀQ)): what XXᵀ lost by squaring the condition number returns.
-// 4. T = (XᵀQ)ᵀ(XᵀQ), its projector, scores, the k best. plugins/leverage_topk/body.py does the same in ONNX nodes.
+// filter's. 3. For a thin subspace, one pass with X itself, Q ← orth(X(XᵀQ)): some of what XXᵀ lost by squaring the
+// condition number returns. 4. T = (XᵀQ)ᵀ(XᵀQ), its projector, scores, the k best. plugins/leverage_topk/body.py does
+// the same in ONNX nodes.
 
 #include "launch.h"
 
@@ -13,6 +14,7 @@
 #include "../cuda/topk.cuh"
 #include "compress.cuh"
 #include "gram.cuh"
+#include "input.cuh"
 #include "orthonormal.cuh"
 #include "purify.cuh"
 
@@ -46,7 +48,7 @@ bool sizesOf(LeverageTopK const& call, Sizes& sizes) {
     sizes.gramSplits = ceilDiv(call.d, sizes.gramChunk);
     sizes.inputSplit = ceilDiv(call.d, std::min({kMostSplits, chunks, ceilDiv(kBlocksWanted, sizes.strips)}));
     sizes.inputSplits = ceilDiv(call.d, sizes.inputSplit);
-    sizes.inputParts = std::min(kMostParts, sizes.dPadded / kStrip);
+    sizes.inputParts = isWide(sizes.qPadded) ? kSquareSplits : std::min(kMostParts, sizes.dPadded / kStrip);
     sizes.vector = false;
     sizes.seed = static_cast<uint32_t>(call.seed);
     return true;
@@ -60,6 +62,8 @@ size_t workspaceOf(Sizes const& sizes, int images) {
 // Enqueues kernels one after the other until one fails; `from` says which of the two bases is the current one.
 template <int QT, class T>
 class Sequence {
+    static constexpr bool kWide = isWide(16 * QT);
+
   public:
     Sequence(LeverageTopK const& call, Sizes const& sizes, T const* x, float* workspace, cudaStream_t stream)
         : call_(call), sizes_(sizes), x_(x), workspace_(workspace), stream_(stream) {}
@@ -69,21 +73,33 @@ class Sequence {
         dim3 const strips(sizes_.strips, 1, images);
         add(gramKernel<T>, dim3(sizes_.tiles, sizes_.gramSplits, images), kTileThreads, kTileShared, x_, workspace_);
         add(gatherGramKernel, dim3(sizes_.tiles, 1, images), kGatherThreads, kGatherShared, workspace_);
-        add(startKernel, strips, kStartThreads, kStartShared, workspace_);
         for (int turn = 0; turn < call_.rounds; ++turn) {
-            add(multiplyKernel<QT>, strips, kThinThreads, Thin<QT>::kShared, workspace_, from_, turn, node(turn));
+            if constexpr (kWide) {
+                add(wideMultiplyKernel<QT>, dim3(sizes_.strips, 2, images), kThinThreads, Multiply<QT>::kShared,
+                    workspace_, from_, turn, node(turn));
+            } else {
+                add(multiplyKernel<QT>, strips, kThinThreads, Thin<QT>::kShared, workspace_, from_, turn, node(turn));
+            }
             from_ = 1 - from_;
-            orthonormalise((call_.rounds - 1 - turn) % 2 == 0);
+            // Many columns of a first product are too nearly parallel to be left to the second turn.
+            orthonormalise((call_.rounds - 1 - turn) % 2 == 0 || (kWide && turn == 0));
         }
-        dim3 const parts(sizes_.inputParts, 1, images);
-        add(projectKernel<QT, T>, parts, kThinThreads, Thin<QT>::kShared, x_, workspace_, from_, false);
-        add(applyKernel<QT, T>, dim3(sizes_.strips, sizes_.inputSplits, images), kThinThreads, Thin<QT>::kShared, x_,
-            workspace_);
-        add(gatherSplitsKernel<QT>, strips, kThinThreads, Thin<QT>::kShared, workspace_, from_);
-        from_ = 1 - from_;
-        orthonormalise(true);
-        add(projectKernel<QT, T>, parts, kThinThreads, Thin<QT>::kShared, x_, workspace_, from_, true);
-        sum(true, sizes_.inputParts);
+        if constexpr (kWide) {
+            dim3 const blocks(ceilDiv(sizes_.dPadded, kInputTiles * kStrip), 2, images);
+            add(wideProjectKernel<QT, T>, blocks, kThinThreads, Project<QT>::kShared, x_, workspace_, from_);
+            square(true, kSquareSplits);
+        } else {
+            dim3 const parts(sizes_.inputParts, 1, images);
+            add(projectKernel<QT, T>, parts, kThinThreads, Thin<QT>::kShared, x_, workspace_, from_, false);
+            add(applyKernel<QT, T>, dim3(sizes_.strips, sizes_.inputSplits, images), kThinThreads, Thin<QT>::kShared,
+                x_, workspace_);
+            add(gatherSplitsKernel<QT>, strips, kThinThreads, Thin<QT>::kShared, workspace_, from_);
+            from_ = 1 - from_;
+            orthonormalise(true);
+            add(projectKernel<QT, T>, parts, kThinThreads, Thin<QT>::kShared, x_, workspace_, from_, true);
+            add(sumPartsKernel, dim3(sizes_.qPadded * sizes_.qPadded / kSumThreads, 1, images), kSumThreads, 0,
+                workspace_);
+        }
         add(compressKernel<QT>, dim3(1, 1, images), kThinThreads, Compress<QT>::kShared, workspace_);
         add(purifyKernel<QT>, dim3(1, 1, images), kPurifyThreads, Purify<QT>::kShared, workspace_, call_.purifications);
         add(scoreKernel<QT>, strips, kThinThreads, Thin<QT>::kShared, workspace_, from_, scores);
@@ -97,9 +113,10 @@ class Sequence {
         if (status_ == cudaSuccess) status_ = launch(kernel, grid, threads, shared, stream_, sizes_, arguments...);
     }
 
-    void sum(bool input, int count) {
-        dim3 const grid(sizes_.qPadded * sizes_.qPadded / kSumThreads, 1, call_.images);
-        add(sumPartsKernel, grid, kSumThreads, 0, workspace_, from_, input, count);
+    // YᵀY of the basis or, if `input`, of XᵀQ.
+    void square(bool input, int splits) {
+        dim3 const blocks(QT * (QT + 1) / 2, splits, call_.images);
+        add(squareKernel<QT>, blocks, kThinThreads, Tiles<1, 2>::kShared, workspace_, from_, input);
     }
 
     // The leading columns out of all others, and then, if `full`, all out of all.
@@ -109,10 +126,9 @@ class Sequence {
     }
 
     void eliminate(int columns, float floor) {
-        bool const gathered = sizes_.qPadded > kWidestGathered;
-        if (gathered) sum(false, sizes_.strips);
+        if constexpr (kWide) square(false, 1);
         add(orthonormaliseKernel<QT>, dim3(sizes_.strips, 1, call_.images), kThinThreads, Orthonormal<QT>::kShared,
-            workspace_, from_, columns, floor, gathered);
+            workspace_, from_, columns, floor);
         from_ = 1 - from_;
     }
 
@@ -145,7 +161,8 @@ cudaError_t enqueue(LeverageTopK const& call, Sizes sizes, void const* input, in
         case 1: return Sequence<1, T>(call, sizes, x, scratch, stream).run(kept, scores);
         case 2: return Sequence<2, T>(call, sizes, x, scratch, stream).run(kept, scores);
         case 3: return Sequence<3, T>(call, sizes, x, scratch, stream).run(kept, scores);
-        case 5: return Sequence<5, T>(call, sizes, x, scratch, stream).run(kept, scores);
+        case 4: return Sequence<4, T>(call, sizes, x, scratch, stream).run(kept, scores);
+        case 6: return Sequence<6, T>(call, sizes, x, scratch, stream).run(kept, scores);
         case 8: return Sequence<8, T>(call, sizes, x, scratch, stream).run(kept, scores);
         default: return cudaErrorInvalidValue;
     }

@@ -10,64 +10,102 @@
 
 namespace tokprune::leverage {
 
-constexpr int kPurifyThreads = 512, kPurifyWarps = kPurifyThreads / 32;
+constexpr int kPurifyThreads = 576, kPurifyWarps = kPurifyThreads / 32;  // two blocks of 16 x 16 a warp at most
+// Once tr(X − X²) is this small, all eigenvalues are near 0 or 1, and each further step squares one side's distance.
+constexpr float kNearlyPure = 1e-3f;
+constexpr int kLastSteps = 4;
 
 template <int QT>
 struct Purify {
-    static constexpr int kWidth = 16 * QT, kPitch = kWidth + 4;  // fragments fall into different banks
-    static constexpr int kBlocks = QT * (QT + 1) / 2;            // of 16 x 16 in the upper half, with the diagonal
+    static constexpr int kWidth = 16 * QT, kPitch = kWidth / 2 + 4;  // in pairs; fragments fall into different banks
+    static constexpr int kBlocks = QT * (QT + 1) / 2;                // of 16 x 16 in the upper half, with the diagonal
     static constexpr int kMine = ceilDiv(kBlocks, kPurifyWarps);
-    // Shared memory, in floats: X, then two vectors of the width.
-    static constexpr int kVectorsAt = kWidth * kPitch;
+    // Shared memory, in words: X's larger and smaller halves, then two vectors of the width.
+    static constexpr int kSmallAt = kWidth * kPitch, kVectorsAt = 2 * kSmallAt;
     static constexpr size_t kShared = (kVectorsAt + 2 * kWidth) * sizeof(float);
 };
 
-// Calls visit(i, j, value) for the elements of the 16 x 16 block at (row, column) that this lane holds and that lie on
-// or above the diagonal: what is below mirrors them.
-template <class Visit>
-__device__ void forBlock(float (&values)[2][4], int row, int column, Visit visit) {
+// A block of 16 x 16 of the upper half that a warp holds, in PTX's fragments: values[n] is its 16 x 8 at column 8 n.
+struct Block {
+    int row, column;
+    float values[2][4];
+};
+
+// Calls visit(i, j, value) for each element that this lane holds. On the diagonal the upper half counts, for both.
+template <class Element, class Visit>
+__device__ void forBlock(Element (&values)[2][4], Block const& block, Visit visit) {
     int const lane = threadIdx.x % 32;
 #pragma unroll
     for (int n = 0; n < 2; ++n)
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-            int const i = row + lane / 4 + 8 * (e / 2), j = column + 8 * n + 2 * (lane % 4) + e % 2;
+            int const i = block.row + lane / 4 + 8 * (e / 2), j = block.column + 8 * n + 2 * (lane % 4) + e % 2;
             if (i <= j) visit(i, j, values[n][e]);
         }
 }
 
-// The 16 x 16 block at (row, column) of X², X symmetric in shared memory.
+// The smaller half counts in units of 2^-11, so that it does not leave FP16's range.
+constexpr float kSmallUnit = 0x1p-11f;
+
+// X[i][j] and X[j][i] = value into both halves.
 template <int QT>
-__device__ void squareBlock(float const* x, int row, int column, float (&values)[2][4]) {
-    constexpr int kPitch = Purify<QT>::kPitch;
+__device__ void setHalves(uint32_t* x, int i, int j, float value) {
+    using Layout = Purify<QT>;
+    uint32_t const large = toHalves(value, 0);
+    uint32_t const small = toHalves((value - toFloat(Half{static_cast<uint16_t>(large)})) / kSmallUnit, 0);
+    uint16_t* const larges = reinterpret_cast<uint16_t*>(x);
+    uint16_t* const smalls = reinterpret_cast<uint16_t*>(x + Layout::kSmallAt);
+    larges[i * 2 * Layout::kPitch + j] = larges[j * 2 * Layout::kPitch + i] = static_cast<uint16_t>(large);
+    smalls[i * 2 * Layout::kPitch + j] = smalls[j * 2 * Layout::kPitch + i] = static_cast<uint16_t>(small);
+}
+
+// The block of X², X symmetric in shared memory: to about 2^-22, as two FP16 numbers hold X and the least product is left
+// out.
+template <int QT>
+__device__ void squareBlock(uint32_t const* x, Block const& block, float (&squares)[2][4]) {
+    using Layout = Purify<QT>;
     int const lane = threadIdx.x % 32, r = lane / 4;
+    float small[2][4] = {};
 #pragma unroll
     for (int n = 0; n < 2; ++n)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) values[n][e] = 0;
-#pragma unroll
-    for (int step = 0; step < 2 * QT; ++step) {
+        for (int e = 0; e < 4; ++e) squares[n][e] = 0;
+#pragma unroll 4
+    for (int step = 0; step < QT; ++step) {
         int const k = 8 * step + lane % 4;
-        float const* const left = x + (row + r) * kPitch + k;
-        float const a[4] = {left[0], left[8 * kPitch], left[4], left[8 * kPitch + 4]};
+        uint32_t a[2][4];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            uint32_t const* const left = x + half * Layout::kSmallAt + (block.row + r) * Layout::kPitch + k;
+            a[half][0] = left[0];
+            a[half][1] = left[8 * Layout::kPitch];
+            a[half][2] = left[4];
+            a[half][3] = left[8 * Layout::kPitch + 4];
+        }
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
-            float const* const right = x + (column + 8 * n + r) * kPitch + k;
-            float const b[2] = {right[0], right[4]};
-            mmaFloat(values[n], a, b);
+            uint32_t const* const right = x + (block.column + 8 * n + r) * Layout::kPitch + k;
+            uint32_t const b[2][2] = {{right[0], right[4]}, {right[Layout::kSmallAt], right[Layout::kSmallAt + 4]}};
+            mmaHalf(small[n], a[0], b[1]);
+            mmaHalf(small[n], a[1], b[0]);
+            mmaHalf(squares[n], a[0], b[0]);
         }
     }
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) squares[n][e] += small[n][e] * kSmallUnit;
 }
 
-// Grid (1, 1, images): `projector` of rank `target` from what stands there.
+// Grid (1, 1, images): `projector` of rank `target` from what stands there, in at most so many steps.
 template <int QT>
 __global__ void __launch_bounds__(kPurifyThreads) purifyKernel(Sizes sizes, float* workspace, int steps) {
     using Layout = Purify<QT>;
     TOKPRUNE_SHARED(memory);
-    float* const x = reinterpret_cast<float*>(memory);
-    constexpr int kWidth = Layout::kWidth, kPitch = Layout::kPitch, kMine = Layout::kMine;
-    float *const diagonal = x + Layout::kVectorsAt, *const difference = diagonal + kWidth;
-    int const thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+    uint32_t* const x = reinterpret_cast<uint32_t*>(memory);
+    constexpr int kWidth = Layout::kWidth, kMine = Layout::kMine;
+    float *const diagonal = reinterpret_cast<float*>(x) + Layout::kVectorsAt, *const difference = diagonal + kWidth;
+    int const lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     Scratch const scratch = scratchOf(sizes, workspace, blockIdx.z);
     auto const sumOf = [&](float const* vector) {
         float sum = 0;
@@ -75,47 +113,60 @@ __global__ void __launch_bounds__(kPurifyThreads) purifyKernel(Sizes sizes, floa
         return warpSum(sum);
     };
     float const target = *scratch.target;
-    for (int i = thread; i < kWidth * kWidth; i += kPurifyThreads) {
-        int const r = i / kWidth, c = i % kWidth;
-        x[r * kPitch + c] = scratch.projector[min(r, c) * kWidth + max(r, c)];
-    }
-    __syncthreads();
-
-    int rows[kMine], columns[kMine];
+    Block blocks[kMine]{};
 #pragma unroll
     for (int b = 0; b < kMine; ++b) {
-        int index = warp + b * kPurifyWarps, row = 0;
-        while (row < QT && index >= QT - row) index -= QT - row++;
-        rows[b] = 16 * row;  // QT blocks down: none
-        columns[b] = 16 * (row + index);
+        int const index = warp + b * kPurifyWarps;
+        int row = QT, column = QT;  // QT blocks down: none
+        if (index < Layout::kBlocks) tileOf(index, QT, row, column);
+        blocks[b].row = 16 * row;
+        blocks[b].column = 16 * column;
+        if (row == QT) continue;
+        forBlock(blocks[b].values, blocks[b], [&](int i, int j, float& value) {
+            value = scratch.projector[i * kWidth + j];
+            setHalves<QT>(x, i, j, value);
+        });
     }
-    for (int step = 0; step < steps; ++step) {
+    __syncthreads();
+    for (int left = steps; left > 0; --left) {
         float squares[kMine][2][4];
 #pragma unroll
         for (int b = 0; b < kMine; ++b) {
-            if (rows[b] == kWidth) continue;
-            squareBlock<QT>(x, rows[b], columns[b], squares[b]);
-            forBlock(squares[b], rows[b], columns[b], [&](int i, int j, float square) {
-                if (i != j) return;
-                diagonal[i] = x[i * kPitch + i];
-                difference[i] = x[i * kPitch + i] - square;
+            if (blocks[b].row == kWidth) continue;
+            squareBlock<QT>(x, blocks[b], squares[b]);
+#pragma unroll
+            for (int n = 0; n < 2; ++n)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) squares[b][n][e] = blocks[b].values[n][e] - squares[b][n][e];
+            forBlock(squares[b], blocks[b], [&](int i, int j, float rest) {
+                if (i == j) difference[i] = rest;
+            });
+            forBlock(blocks[b].values, blocks[b], [&](int i, int j, float value) {
+                if (i == j) diagonal[i] = value;
             });
         }
         __syncthreads();
-        bool const lower = (sumOf(diagonal) - target) * sumOf(difference) > 0;
+        float const impure = sumOf(difference);
+        bool const lower = (sumOf(diagonal) - target) * impure > 0;
+        if (fabsf(impure) < kNearlyPure) left = min(left, kLastSteps);
 #pragma unroll
         for (int b = 0; b < kMine; ++b) {
-            if (rows[b] == kWidth) continue;
-            forBlock(squares[b], rows[b], columns[b], [&](int i, int j, float square) {
-                float const old = x[i * kPitch + j], value = lower ? square : old + (old - square);
-                x[i * kPitch + j] = value;
-                x[j * kPitch + i] = value;
-            });
+            if (blocks[b].row == kWidth) continue;
+#pragma unroll
+            for (int n = 0; n < 2; ++n)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) blocks[b].values[n][e] += lower ? -squares[b][n][e] : squares[b][n][e];
+            forBlock(blocks[b].values, blocks[b], [&](int i, int j, float value) { setHalves<QT>(x, i, j, value); });
         }
         __syncthreads();
     }
-    for (int i = thread; i < kWidth * kWidth; i += kPurifyThreads)
-        scratch.projector[i] = x[i / kWidth * kPitch + i % kWidth];
+#pragma unroll
+    for (int b = 0; b < kMine; ++b) {
+        if (blocks[b].row == kWidth) continue;
+        forBlock(blocks[b].values, blocks[b], [&](int i, int j, float value) {
+            scratch.projector[i * kWidth + j] = scratch.projector[j * kWidth + i] = value;
+        });
+    }
 }
 
 // Grid (strips, 1, images): scores [images, n] of Q = basis[from] and the projector.

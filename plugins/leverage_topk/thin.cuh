@@ -1,4 +1,4 @@
-// Products with a tall, thin matrix of q columns: XXᵀ Q, XᵀQ and X B, in FP32 proper.
+// Products with a tall, thin matrix of q ≤ 32 columns, in FP32 proper; wide.cuh has those of more columns.
 //
 // A block makes a strip of 16 rows; its eight warps share out the sum and add up in a fixed order. Q = 16 QT columns,
 // those behind q being zero. Columns of a basis are scaled to unit norm by whoever reads it: the norms are not known
@@ -44,11 +44,11 @@ __device__ void sumVector(float const* source, int count, int64_t stride, int st
     __syncthreads();
 }
 
-// Factors that scale a basis' columns to unit norm, from its strips' shares of basisᵀ basis.
+// Factors that scale a basis' columns to unit norm, from its strips' shares of basisᵀ basis, or of its diagonal.
 template <int QT>
 __device__ void columnScales(Sizes const& sizes, float const* parts, float* scales, float* shares) {
-    constexpr int kWidth = 16 * QT;
-    sumVector<QT>(parts, sizes.strips, kWidth * kWidth, kWidth + 1, scales, shares);
+    constexpr int kWidth = 16 * QT, kLength = isWide(kWidth) ? 1 : kWidth;  // of a part, in rows
+    sumVector<QT>(parts, sizes.strips, kLength * kWidth, isWide(kWidth) ? 1 : kWidth + 1, scales, shares);
     if (threadIdx.x < kWidth) scales[threadIdx.x] = 1 / sqrtf(fmaxf(scales[threadIdx.x], kFloor));
     __syncthreads();
 }
@@ -61,49 +61,13 @@ struct GramColumns {
     }
 };
 
-template <class T>
-struct alignas(4 * sizeof(T)) Four {
-    T values[4];
-};
-
-template <class T>
-struct InputColumns {  // Xᵀ's rows
-    T const* x;
-    int d;
-    bool vector;
-    __device__ float4 operator()(int k, int column) const {
-        T const* const from = x + static_cast<int64_t>(k) * d + column;
-        Four<T> four{};
-        if (vector) {
-            if (column < d) four = *reinterpret_cast<Four<T> const*>(from);
-        } else {
-            for (int i = 0; i < 4; ++i)
-                if (column + i < d) four.values[i] = from[i];
-        }
-        return {toFloat(four.values[0]), toFloat(four.values[1]), toFloat(four.values[2]), toFloat(four.values[3])};
-    }
-};
-
-template <class T>
-struct InputRows {  // X's rows
-    T const* x;
-    int n, d;
-    __device__ float4 operator()(int k, int row) const {
-        float values[4];
-        for (int i = 0; i < 4; ++i) values[i] = row + i < n ? toFloat(x[static_cast<int64_t>(row + i) * d + k]) : 0;
-        return {values[0], values[1], values[2], values[3]};
-    }
-};
-
 // tile [16, Q] = Σ over k in [begin, end) of left(k, row) · right[k, :]. Ends with a barrier.
 template <int QT, class Left>
 __device__ void thinProduct(Left const& left, int row, float const* right, int begin, int end, float* shared) {
     constexpr int kWidth = Thin<QT>::kWidth;
     int const lane = threadIdx.x % 32, warp = threadIdx.x / 32, rowAt = 4 * (lane / 8), columnAt = lane % 8;
     float sums[4][2 * QT] = {};
-    // As many loads under way as registers allow: the L2 cache is far.
-    [[maybe_unused]] constexpr int kAtOnce = QT <= 2 ? 8 : QT <= 5 ? 4 : 2;
-#pragma unroll kAtOnce
+#pragma unroll 8  // as many loads under way as registers allow: the L2 cache is far
     for (int k = begin + warp; k < end; k += kThinWarps) {
         float4 const a = left(k, row + rowAt);
         float const* const b = right + static_cast<int64_t>(k) * kWidth + columnAt;
@@ -160,7 +124,7 @@ __device__ void writeSquare(float const (&sums)[QT][QT], float* out) {
 
 // Calls visit(j, row, column) for j < count with row and column j of the matrix m that the block holds as addSquare
 // does, as they then are; visit may change m. `shared` [4 Q]: row and column, twice, in turn; one barrier for each j.
-// The outer loop is unrolled so that m stays in registers.
+// The outer loop is unrolled so that m stays in registers; visit is told j / 16, too, as a constant.
 template <int QT, class Visit>
 __device__ void forPivots(float (&m)[QT][QT], int count, float* shared, Visit visit) {
     constexpr int kWidth = 16 * QT;
@@ -176,7 +140,7 @@ __device__ void forPivots(float (&m)[QT][QT], int count, float* shared, Visit vi
                 if (column == s) pivotColumn[row + 16 * b] = m[b][t];
             }
             __syncthreads();
-            visit(16 * t + s, pivotRow, pivotColumn);
+            visit(t, 16 * t + s, pivotRow, pivotColumn);
         }
 }
 
@@ -187,8 +151,31 @@ __device__ void writePart(float const* tile, float* part) {
     writeSquare<QT>(sums, part);
 }
 
-// Grid (strips, 1, images): Y = (XXᵀ / tr(XXᵀ) − c) Q from basis[from] to the other, and its part of YᵀY. `node` is
-// c's share of the least Rayleigh quotient of the turn before, or 0; the first turn's Q is taken as it is.
+// c of the turn: `node`, which may be 0, is its share of the least Rayleigh quotient of the turn before.
+template <int QT>
+__device__ float shiftOf(Sizes const& sizes, Scratch const& scratch, int turn, float node, float* vector,
+                         float* shares) {
+    if (!(node > 0)) return 0;
+    sumVector<QT>(scratch.quotients[(turn + 1) % 2], sizes.strips, 16 * QT, 1, vector, shares);
+    float least = vector[0];
+    for (int j = 1; j < sizes.q; ++j) least = fminf(least, vector[j]);
+    __syncthreads();  // before the vector is written again
+    return least * node;
+}
+
+// The scales of the columns of basis[from] in a turn: the first turn's Q is taken as it is.
+template <int QT>
+__device__ void basisScales(Sizes const& sizes, Scratch const& scratch, int from, int turn, float* scales,
+                            float* shares) {
+    if (turn > 0) {
+        columnScales<QT>(sizes, scratch.parts[from], scales, shares);
+    } else {
+        if (threadIdx.x < 16 * QT) scales[threadIdx.x] = 1;
+        __syncthreads();
+    }
+}
+
+// Grid (strips, 1, images): Y = (XXᵀ / tr(XXᵀ) − c) Q from basis[from] to the other, and its part of YᵀY.
 template <int QT>
 __global__ void __launch_bounds__(kThinThreads, 1)
     multiplyKernel(Sizes sizes, float* workspace, int from, int turn, float node) {
@@ -199,21 +186,9 @@ __global__ void __launch_bounds__(kThinThreads, 1)
     float* const shares = shared + Thin<QT>::kSharesAt;
     Scratch const scratch = scratchOf(sizes, workspace, blockIdx.z);
     int const row = blockIdx.x * kStrip;
-    float shift = 0;
-    if (node > 0) {
-        sumVector<QT>(scratch.quotients[(turn + 1) % 2], sizes.strips, kWidth, 1, vector, shares);
-        shift = vector[0];
-        for (int j = 1; j < sizes.q; ++j) shift = fminf(shift, vector[j]);
-        shift *= node;
-        __syncthreads();  // before the vector is written again
-    }
+    float const shift = shiftOf<QT>(sizes, scratch, turn, node, vector, shares);
     thinProduct<QT>(GramColumns{scratch.gram, sizes.nPadded}, row, scratch.basis[from], 0, sizes.n, shared);
-    if (turn > 0) {
-        columnScales<QT>(sizes, scratch.parts[from], vector, shares);
-    } else if (threadIdx.x < kWidth) {
-        vector[threadIdx.x] = 1;
-    }
-    __syncthreads();
+    basisScales<QT>(sizes, scratch, from, turn, vector, shares);
     float const inverseTrace = *scratch.inverseTrace;
     float const* const before = scratch.basis[from] + row * kWidth;
     float* const products = shared;  // the warps' shares are done with; of basis and result, before the shift
@@ -229,70 +204,6 @@ __global__ void __launch_bounds__(kThinThreads, 1)
         for (int r = 0; r < kStrip; ++r) quotient += products[r * kWidth + threadIdx.x];
         scratch.quotients[turn % 2][blockIdx.x * kWidth + threadIdx.x] = quotient;
     }
-    writePart<QT>(tile, scratch.parts[1 - from] + static_cast<int64_t>(blockIdx.x) * kWidth * kWidth);
-}
-
-// Grid (inputParts, 1, images): B = XᵀQ for Q = basis[from], to `projected`, or else only the part of BᵀB / tr(XXᵀ).
-template <int QT, class T>
-__global__ void __launch_bounds__(kThinThreads, 1)
-    projectKernel(Sizes sizes, T const* x, float* workspace, int from, bool square) {
-    TOKPRUNE_SHARED(memory);
-    float* const shared = reinterpret_cast<float*>(memory);
-    constexpr int kWidth = Thin<QT>::kWidth;
-    float *const tile = shared + Thin<QT>::kTileAt, *const scales = shared + Thin<QT>::kVectorAt;
-    Scratch const scratch = scratchOf(sizes, workspace, blockIdx.z);
-    x += static_cast<int64_t>(blockIdx.z) * sizes.n * sizes.d;
-    columnScales<QT>(sizes, scratch.parts[from], scales, shared + Thin<QT>::kSharesAt);
-    float sums[QT][QT] = {};
-    for (int column = blockIdx.x * kStrip; column < sizes.d; column += sizes.inputParts * kStrip) {
-        thinProduct<QT>(InputColumns<T>{x, sizes.d, sizes.vector}, column, scratch.basis[from], 0, sizes.n, shared);
-        for (int i = threadIdx.x; i < kStrip * kWidth; i += kThinThreads) {
-            tile[i] *= scales[i % kWidth];
-            if (!square) scratch.projected[static_cast<int64_t>(column) * kWidth + i] = tile[i];
-        }
-        __syncthreads();
-        if (square) addSquare<QT>(tile, sums);
-    }
-    if (!square) return;
-    float const inverseTrace = *scratch.inverseTrace;
-#pragma unroll
-    for (int a = 0; a < QT; ++a)
-#pragma unroll
-        for (int b = 0; b < QT; ++b) sums[a][b] *= inverseTrace;
-    writeSquare<QT>(sums, scratch.inputParts + static_cast<int64_t>(blockIdx.x) * kWidth * kWidth);
-}
-
-// Grid (strips, inputSplits, images): one split's share of X B.
-template <int QT, class T>
-__global__ void __launch_bounds__(kThinThreads, 1) applyKernel(Sizes sizes, T const* x, float* workspace) {
-    TOKPRUNE_SHARED(memory);
-    float* const shared = reinterpret_cast<float*>(memory);
-    constexpr int kWidth = Thin<QT>::kWidth;
-    Scratch const scratch = scratchOf(sizes, workspace, blockIdx.z);
-    x += static_cast<int64_t>(blockIdx.z) * sizes.n * sizes.d;
-    int const row = blockIdx.x * kStrip, begin = min(static_cast<int>(blockIdx.y) * sizes.inputSplit, sizes.d);
-    int const end = min(begin + sizes.inputSplit, sizes.d);
-    thinProduct<QT>(InputRows<T>{x, sizes.n, sizes.d}, row, scratch.projected, begin, end, shared);
-    float* const out = scratch.split + (static_cast<int64_t>(blockIdx.y) * sizes.nPadded + row) * kWidth;
-    for (int i = threadIdx.x; i < kStrip * kWidth; i += kThinThreads) out[i] = shared[Thin<QT>::kTileAt + i];
-}
-
-// Grid (strips, 1, images): Y = X B / tr(XXᵀ) from its splits to the basis beside basis[from], and its part of YᵀY.
-template <int QT>
-__global__ void __launch_bounds__(kThinThreads) gatherSplitsKernel(Sizes sizes, float* workspace, int from) {
-    TOKPRUNE_SHARED(memory);
-    float* const tile = reinterpret_cast<float*>(memory);
-    constexpr int kWidth = Thin<QT>::kWidth;
-    Scratch const scratch = scratchOf(sizes, workspace, blockIdx.z);
-    int const first = blockIdx.x * kStrip * kWidth;
-    for (int i = threadIdx.x; i < kStrip * kWidth; i += kThinThreads) {
-        float sum = 0;
-        for (int split = 0; split < sizes.inputSplits; ++split)
-            sum += scratch.split[static_cast<int64_t>(split) * sizes.nPadded * kWidth + first + i];
-        tile[i] = sum * *scratch.inverseTrace;
-        scratch.basis[1 - from][first + i] = tile[i];
-    }
-    __syncthreads();
     writePart<QT>(tile, scratch.parts[1 - from] + static_cast<int64_t>(blockIdx.x) * kWidth * kWidth);
 }
 

@@ -1,5 +1,7 @@
 // The arithmetic of cuda_host.h: tensor-core products and the types that C++ lacks.
 
+#include <cfloat>
+#include <cstring>
 #include <vector>
 
 #include "cuda_host.h"
@@ -8,6 +10,14 @@ namespace cuda_host {
 namespace {
 
 float towardsZero(double value) {
+    double const size = std::abs(value);
+    if (size > FLT_MIN && size < FLT_MAX) {  // a float's bits are the first ones of the double's
+        uint64_t bits;
+        std::memcpy(&bits, &value, sizeof bits);
+        bits &= ~((uint64_t{1} << 29) - 1);
+        std::memcpy(&value, &bits, sizeof bits);
+        return static_cast<float>(value);
+    }
     float const nearest = static_cast<float>(value);
     return std::abs(static_cast<double>(nearest)) > std::abs(value) ? std::nextafterf(nearest, 0.0f) : nearest;
 }
@@ -21,7 +31,7 @@ struct Fragments {
 template <int Each, class Get>
 void multiply(void* const* posts, Get get) {
     constexpr int kDepth = 8 * Each;
-    static float a[16][kDepth], b[8][kDepth];
+    static double a[16][kDepth], b[kDepth][8];
     for (int lane = 0; lane < kWarp; ++lane) {
         Fragments const& mine = *static_cast<Fragments*>(posts[lane]);
         for (int e = 0; e < Each; ++e) {
@@ -30,18 +40,20 @@ void multiply(void* const* posts, Get get) {
             a[row + 8][k] = get(mine.a[1], e);
             a[row][k + 4 * Each] = get(mine.a[2], e);
             a[row + 8][k + 4 * Each] = get(mine.a[3], e);
-            b[row][k] = get(mine.b[0], e);
-            b[row][k + 4 * Each] = get(mine.b[1], e);
+            b[k][row] = get(mine.b[0], e);
+            b[k + 4 * Each][row] = get(mine.b[1], e);
         }
     }
-    for (int lane = 0; lane < kWarp; ++lane)
-        for (int i = 0; i < 4; ++i) {
-            int const row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
-            float& value = static_cast<Fragments*>(posts[lane])->c[i];
-            double sum = value;
-            for (int k = 0; k < kDepth; ++k) sum += static_cast<double>(a[row][k]) * b[column][k];
-            value = towardsZero(sum);
-        }
+    for (int row = 0; row < 16; ++row) {
+        // c's two columns of a lane lie side by side, so four lanes hold a row
+        float* columns[4];
+        for (int i = 0; i < 4; ++i) columns[i] = static_cast<Fragments*>(posts[row % 8 * 4 + i])->c + row / 8 * 2;
+        double sums[8];
+        for (int column = 0; column < 8; ++column) sums[column] = columns[column / 2][column % 2];
+        for (int k = 0; k < kDepth; ++k)
+            for (int column = 0; column < 8; ++column) sums[column] += a[row][k] * b[k][column];
+        for (int column = 0; column < 8; ++column) columns[column / 2][column % 2] = towardsZero(sums[column]);
+    }
 }
 
 void meet(float (&c)[4], uint32_t const (&a)[4], uint32_t const (&b)[2], int line, void (*operation)(void* const*)) {
@@ -64,6 +76,20 @@ float halfToFloat(uint16_t bits) {
         return values;
     }();
     return table[bits];
+}
+
+static uint32_t toHalf(float value) {
+    uint32_t const bits = __float_as_uint(value), sign = bits >> 16 & 0x8000u;
+    float const size = std::abs(value);
+    if (value != value) return sign | 0x7e00u;
+    if (size >= 65520.0f) return sign | 0x7c00u;
+    if (size < 0x1p-14f) return sign | static_cast<uint32_t>(std::nearbyintf(size * 0x1p24f));  // 1024 is 2^-14 itself
+    uint32_t const above = bits & 0x7fffffffu;
+    return sign | (above - 0x38000000u + 0xfffu + (above >> 13 & 1)) >> 13;  // ties to even
+}
+
+uint32_t toHalves(float first, float second) {
+    return toHalf(first) | toHalf(second) << 16;
 }
 
 uint32_t toTf32(float value) {

@@ -52,6 +52,7 @@ void copyWait() {
 }
 
 float halfToFloat(uint16_t bits);
+uint32_t toHalves(float first, float second);
 uint32_t toTf32(float value);
 void mmaHalf(float (&c)[4], uint32_t const (&a)[4], uint32_t const (&b)[2]);
 void mmaBFloat16(float (&c)[4], uint32_t const (&a)[4], uint32_t const (&b)[2]);

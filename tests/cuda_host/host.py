@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from tokprune.plugins.cross_attention_topk import reference
-from tokprune.runtime.leverage import Settings, oversampling
+from tokprune.runtime import leverage
+from tokprune.runtime.leverage import Settings
 
 HERE = Path(__file__).parent
 PLUGINS = HERE.parents[1] / "plugins"
@@ -105,8 +106,8 @@ def leverage_call(
     """The call's sizes for X of ``shape`` [I, N, D], its attributes as the node has them."""
     settings = settings or Settings()
     return LeverageTopK(
-        *shape, k, rank or 0, energy or 0, settings.max_rank, settings.rounds, oversampling(rank, settings),
-        settings.purifications, settings.seed,
+        *shape, k, rank or 0, energy or 0, settings.max_rank, leverage.rounds(rank, settings),
+        leverage.oversampling(rank, settings), leverage.purifications(rank, settings), settings.seed,
     )  # fmt: skip
 
 
