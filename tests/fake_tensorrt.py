@@ -2,7 +2,8 @@
 
 Stands below Polygraphy's own DeviceArray and Stream, and behind the names of TensorRT's Python package, so that all of
 our code runs as it is. Stricter than the real ones where a fault would otherwise stay unseen: every address must lie
-in memory that is held, no output may touch an input, new memory is poisoned, shapes must fit the profile in use.
+in memory that is held and begin where a tensor may, no output may touch an input, new memory is NaN, shapes must fit
+the profile in use. Of caches, engines write the new rows only, as those do that a build makes.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ import numpy as np
 import onnxruntime
 from polygraphy.exception import PolygraphyException
 
+from tokprune.runtime import names
 from tokprune.runtime.bundle import Bundle, open_bundle, sha256
 from tokprune.runtime.engines import slot, versions
 from tokprune.runtime.engines.profiles import segment_profiles
 
-POISON = 0xA5
+POISON = 0xFF  # NaN in every width of float
+ALIGNMENT = 256  # of CUDA's memory, and what TensorRT wants of tensors
 NO_MEMORY = "CUDA Error: 2. To figure out what this means, refer to a page."
 
 
@@ -37,6 +40,8 @@ class FakeCuda:
             cudaGetDeviceCount=lambda out: self._give(out, 1),
             cudaDeviceGetAttribute=lambda out, key, device: self._give(out, values[key]),
             cudaMemGetInfo=lambda free, total: self._give(free, self.free_bytes) or self._give(total, limit),
+            cudaMemcpy2DAsync=self._copy_pieces,
+            cudaMemset2DAsync=self._set_pieces,
         )
 
     @staticmethod
@@ -54,7 +59,8 @@ class FakeCuda:
     def malloc(self, nbytes) -> int:
         if nbytes > self.free_bytes:
             raise PolygraphyException(NO_MEMORY)
-        buffer = (ctypes.c_ubyte * nbytes)()
+        room = (ctypes.c_ubyte * (nbytes + ALIGNMENT))()
+        buffer = (ctypes.c_ubyte * nbytes).from_buffer(room, -ctypes.addressof(room) % ALIGNMENT)
         ctypes.memset(buffer, POISON, nbytes)
         self.memory[ctypes.addressof(buffer)] = buffer
         return ctypes.addressof(buffer)
@@ -78,6 +84,29 @@ class FakeCuda:
             self.check_held(src, nbytes)
         self.copied[name] += nbytes
         ctypes.memmove(dst, src, nbytes)
+
+    def _copy_pieces(self, dst, dpitch, src, spitch, width, height, kind, stream) -> int:
+        assert (kind.value, stream.value) == (3, 77)
+        target, source = self._pieces(dst, dpitch, width, height), self._pieces(src, spitch, width, height)
+        ends = [(each[0], each[-1] + width.value) for each in (target, source)]
+        assert ends[0][1] <= ends[1][0] or ends[1][1] <= ends[0][0], "pieces overlap"
+        self.copied["on device"] += width.value * height.value
+        for to, begin in zip(target, source, strict=True):
+            ctypes.memmove(to, begin, width.value)
+        return 0
+
+    def _set_pieces(self, dst, pitch, value, width, height, stream) -> int:
+        assert stream.value == 77
+        for begin in self._pieces(dst, pitch, width, height):
+            ctypes.memset(begin, value.value, width.value)
+        return 0
+
+    def _pieces(self, address, pitch, width, height) -> range:
+        """Where each piece begins; all lie in one piece of memory that is held."""
+        assert 0 < width.value <= pitch.value
+        begins = range(address.value, address.value + height.value * pitch.value, pitch.value)
+        self.check_held(address.value, begins[-1] + width.value - address.value)
+        return begins
 
     def check_held(self, address, nbytes) -> None:
         assert any(start <= address and address + nbytes <= start + len(held) for start, held in self.memory.items())
@@ -158,6 +187,7 @@ class FakeContext:
         return all(low <= dim <= high for low, dim, high in zip(least, shape, most, strict=True))
 
     def set_tensor_address(self, name, address) -> bool:
+        assert address % ALIGNMENT == 0
         self.addresses[name] = address
         return address != 0
 
@@ -192,8 +222,12 @@ class FakeContext:
         for name, out in outputs:
             for other, array in everything:
                 assert name == other or not np.shares_memory(out, array), f"{name} lies upon {other}"
-        values = self.session.run([name for name, _ in outputs], {name: array.copy() for name, array in feeds.items()})
+        appended = self.facts["appended"]  # present and past, by the name of the new rows
+        asked = [appended.get(name, [name])[0] for name, _ in outputs]
+        values = self.session.run(asked, {name: array.copy() for name, array in feeds.items()})
         for (name, out), value in zip(outputs, values, strict=True):
+            if name in appended:
+                value = value[:, :, feeds[appended[name][1]].shape[2] :]
             assert out.shape == value.shape, name
             out[...] = value
         self.runs += 1
@@ -223,6 +257,14 @@ def install(monkeypatch, cuda: FakeCuda | None = None, version: str = "10.3.0") 
     return trt
 
 
+def _written(tensor) -> list:
+    """The shape of an output as engines have it."""
+    if not tensor.name.startswith("present."):
+        return tensor.shape
+    batch, heads, _, width = tensor.shape
+    return [batch, heads, names.SEQUENCE, width]
+
+
 def write_slot(path: Path, *, version: str = "10.3.0", arch: str = "sm87", plugins: bytes | None = None) -> Path:
     """Engines for the bundle at ``path`` as a build would leave them, of the fake's kind; their folder."""
     bundle: Bundle = open_bundle(path)
@@ -231,11 +273,16 @@ def write_slot(path: Path, *, version: str = "10.3.0", arch: str = "sm87", plugi
     segments = []
     for segment in bundle.manifest.segments:
         profiles = segment_profiles(bundle.manifest, segment)
+        presents = [tensor.name for tensor in segment.outputs if tensor.name.startswith("present.")]
+        new = {present: names.beside_present(present)[1] for present in presents}
         facts = {
             "name": segment.name,
             "graph": str(bundle.file(segment.file).resolve()),
             "inputs": [(tensor.name, tensor.shape, tensor.dtype) for tensor in segment.inputs],
-            "outputs": [(tensor.name, tensor.shape, tensor.dtype) for tensor in segment.outputs],
+            "outputs": [
+                (new.get(tensor.name, tensor.name), _written(tensor), tensor.dtype) for tensor in segment.outputs
+            ],
+            "appended": {new[present]: (present, names.beside_present(present)[0]) for present in presents},
             "profiles": list(profiles.values()),
         }
         file = folder / f"{segment.name}.engine"
