@@ -53,6 +53,7 @@ def test_rows_come_one_behind_another(memory, monkeypatch, dtype, shape, block, 
             array = rng.standard_normal((batch, heads, count, width)).astype(dtype)
             write(tensor, array)
             held[name] = np.concatenate([held[name], array], axis=2)
+        made.make_room(rows, count)
         made.append(rows, new)
         rows += count
         assert made.filled.rows == min(-(-rows // 8) * 8, most)
@@ -71,6 +72,7 @@ def test_memory_is_taken_once_and_given_back(memory):
     one = made.new_rows(1)
     assert made.new_rows(1) is one
     for rows in range(3, 40):
+        made.make_room(rows, 1)
         made.append(rows, one)
     again = memory.held_bytes
     del made, one
@@ -81,4 +83,4 @@ def test_memory_is_taken_once_and_given_back(memory):
 def test_more_rows_than_there_is_room_for(memory):
     made = Caches(memory, NAMES, (1, 2, 64), np.dtype(np.float16), 3, 4)
     with pytest.raises(AssertionError, match="5 rows, room for 4"):
-        made.append(3, made.new_rows(2))
+        made.make_room(3, 2)

@@ -1,7 +1,7 @@
 """Sessions on TensorRT, with a GPU and a library that are not there (``fake_tensorrt``): all but the kernels is ours.
 
-What a whole model says must be what ONNX Runtime makes it say, since the fake engines run the same graphs; memory,
-copies, profiles and errors are then counted.
+What a whole model says must be what ONNX Runtime makes it say, since the fake engines run the same graphs. Then which
+engines are taken, and what is refused.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ import fake_tensorrt
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from fake_tensorrt import FakeCuda
 from PIL import Image
 
-from tokprune.runtime import UserError, names
+from tokprune.runtime import UserError
 from tokprune.runtime.bench import bench
 from tokprune.runtime.chat import Model, load, result_record
 from tokprune.runtime.cli.run import command
@@ -76,7 +75,7 @@ class TestAnswers:
         self.test_as_onnxruntime_gives_them(tiny_bundle, tmp_path, trt, picture, key)
 
     def test_logits(self, bundle, trt):
-        """To the bit while caches are full; rows that are masked are 0 in a longer sum, taken in another order."""
+        """To the bit at first; then rows that are masked are 0 in a longer sum, which is taken in another order."""
         fake_tensorrt.write_slot(bundle)
         features = np.random.default_rng(1).standard_normal((1, 16, 64)).astype(np.float32)
         found = []
@@ -86,7 +85,7 @@ class TestAnswers:
             logits = [pipeline.forward(state, [[0, 7, *IMAGE, 9]], Meter(), image_features=features)[0]]
             logits += [pipeline.forward(state, [prompt], Meter())[0] for prompt in ([20], [21], [22, 23], [24])]
             found.append(np.concatenate(logits))
-        np.testing.assert_array_equal(found[0][:2], found[1][:2])
+        np.testing.assert_array_equal(found[0][0], found[1][0])
         np.testing.assert_allclose(found[0], found[1], rtol=0, atol=2e-6 * np.abs(found[1]).max())
 
     def test_conversations_in_turns(self, bundle, trt):
@@ -113,7 +112,7 @@ class TestAnswers:
         list(chat.ask("What is this?", [picture], max_new_tokens=2))
         record = result_record(model, "", chat.last)
         assert record["engine"] == "tensorrt-10.3.0-sm87, selector native"
-        assert "not as a CUDA graph" in record["remarks"][0]
+        assert record["remarks"] == []
 
     def test_on_the_command_line(self, bundle, trt):
         fake_tensorrt.write_slot(bundle)
@@ -122,103 +121,6 @@ class TestAnswers:
         assert ours["engine"].startswith("tensorrt-10.3.0")
         assert theirs["engine"].startswith("onnxruntime-")
         assert ours["token_ids"] == theirs["token_ids"]
-
-
-class TestMemory:
-    def test_a_decode_step_copies_tokens_logits_and_new_rows_only(self, bundle, trt):
-        fake_tensorrt.write_slot(bundle)
-        pipeline = load(bundle, engine="tensorrt").pipeline
-        state, facts = pipeline.new_state(), pipeline.facts
-        features = pipeline.encode_images(np.zeros((1, 3, 56, 56), np.float32), Meter())
-        pipeline.forward(state, [[0, *IMAGE, 9]], Meter(), image_features=features)
-        pipeline.forward(state, [[19]], Meter())  # behind which the caches are laid out
-        rows = [mask.shape[1] + 1 for mask in state.masks.values()]
-        trt.cuda.copied.clear()
-        pipeline.forward(state, [[20]], Meter())
-        # int64: the token, its position, where the logits are wanted, and each decoder's mask
-        assert (trt.cuda.copied["to device"], trt.cuda.copied["to host"]) == (8 * (3 + sum(rows)), 4 * facts.vocabulary)
-        states = 2 * 3 * 4 * facts.hidden - 4 * facts.hidden + 4 * facts.vocabulary  # of three decoders, in and out
-        new_rows = 2 * facts.layers * facts.kv_heads * facts.head_dim * 4
-        assert trt.cuda.copied["on device"] == states + 8 * (3 + 1 + sum(rows)) + new_rows
-
-    def test_features_reach_the_embeddings_on_the_device(self, bundle, trt):
-        fake_tensorrt.write_slot(bundle)
-        pipeline = load(bundle, engine="tensorrt").pipeline
-        trt.cuda.copied.clear()
-        features = pipeline.encode_images(np.zeros((2, 3, 56, 56), np.float32), Meter())
-        assert trt.cuda.copied == {"to device": 2 * 3 * 56 * 56 * 4}
-        pipeline.forward(pipeline.new_state(), [[0, *IMAGE, 9, *IMAGE, 8]], Meter(), image_features=features)
-        assert trt.cuda.copied["on device"] == 2 * 16 * 64 * 4
-
-    def test_caches_stay_where_they_are_and_nothing_grows(self, bundle, trt, monkeypatch):
-        """Each is there once, made for the capacity, and stays to the last step, however often it is laid out."""
-        monkeypatch.setattr(profiles, "BUCKET", 7)
-        fake_tensorrt.write_slot(bundle)
-        pipeline = load(bundle, engine="tensorrt").pipeline
-        state, limits, facts = pipeline.new_state(), pipeline.manifest.limits, pipeline.facts
-        pipeline.forward(state, [[0, 9, 8]], Meter())
-        free, places = [], set()
-        for _ in range(3, limits.max_kv_capacity):
-            pipeline.forward(state, [[20]], Meter())
-            addresses = trt.contexts["decoder_0"].addresses
-            places.add(tuple(addresses[names.past(0, which)] for which in ("key", "value")))
-            free.append(trt.cuda.free_bytes)
-        assert len(places) == 1
-        cache = facts.kv_heads * limits.max_kv_capacity * facts.head_dim * 4
-        assert free[2] - free[-1] < cache  # masks become longer, and nothing else
-        assert sum(len(buffer) == cache for buffer in trt.cuda.memory.values()) == 2 * facts.layers
-
-    def test_pruned_rows_take_no_cache(self, bundle, trt):
-        """A cache is made for the capacity less what was pruned before it."""
-        fake_tensorrt.write_slot(bundle)
-        pipeline = load(bundle, engine="tensorrt").pipeline
-        state, limits, facts = pipeline.new_state(), pipeline.manifest.limits, pipeline.facts
-        features = np.zeros((1, facts.vision.tokens, facts.hidden), np.float32)
-        pipeline.forward(state, [[0, *IMAGE, 9]], Meter(), image_features=features)
-        keeps = [facts.vision.tokens, *(stage.keep for stage in pipeline.manifest.plan.stages)]
-        row = facts.kv_heads * facts.head_dim * 4
-        for token in range(20, 30):
-            pipeline.forward(state, [[token]], Meter())
-            for index, name, _ in pipeline._decoders:
-                context = trt.contexts[name]
-                held = {key: len(trt.cuda.memory[context.addresses[key]]) for key in context.addresses if "past" in key}
-                rows = limits.max_kv_capacity - facts.vision.tokens + keeps[index]
-                assert set(held.values()) == {row * rows}
-
-    def test_contexts_share_the_memory_of_the_greediest(self, bundle, trt):
-        fake_tensorrt.write_slot(bundle)
-        model = load(bundle, engine="tensorrt")
-        list(model.chat().ask("What?", max_new_tokens=2))
-        list(model.chat().ask("What?", [Image.new("RGB", (56, 56))], max_new_tokens=2))
-        greediest = max(context.most_needed for context in trt.contexts.values())  # of its call's shapes
-        sizes = [len(buffer) for buffer in trt.cuda.memory.values()]
-        assert sizes.count(greediest) == 1
-        assert {size for size in sizes if size > 100_000} == {greediest}
-
-    def test_out_of_memory_is_told_with_the_plan(self, bundle, monkeypatch, picture):
-        fake_tensorrt.install(monkeypatch, FakeCuda(limit=330_000))
-        fake_tensorrt.write_slot(bundle)
-        model = load(bundle, engine="tensorrt")
-        with pytest.raises(UserError, match=r"the GPU has no .* MB left .*planned: \d+ MB of weights, .* for 128 tok"):
-            list(model.chat().ask("What?", [picture]))
-
-
-class TestProfiles:
-    def test_one_row_behind_a_cache_is_decoded(self, bundle, trt):
-        fake_tensorrt.write_slot(bundle)
-        pipeline = load(bundle, engine="tensorrt").pipeline
-        state = pipeline.new_state()
-        for prompt in ([5], [6], [7], [8, 9], [10]):  # the first is a prompt of one row
-            pipeline.forward(state, [prompt], Meter())
-        assert trt.contexts["decoder_0"].switches == [0, 1, 0, 1]
-        assert trt.contexts["embed_tokens"].switches == [0]
-
-    def test_sizes_that_no_profile_takes(self, bundle, trt):
-        fake_tensorrt.write_slot(bundle)
-        pipeline = load(bundle, engine="tensorrt").pipeline
-        rows = list(range(-70, 0))
-        with pytest.raises(UserError, match=r"decoder_2 was given logits_index of shape \[1, 70\], .*\[4, 64\]: ask"):
-            pipeline.forward(pipeline.new_state(), [list(range(10, 90))], Meter(), logits_rows=rows)
 
 
 class TestFit:
@@ -338,4 +240,3 @@ def test_bench_tells_the_share_of_the_peak(tiny_bundle, tmp_path, trt):
         assert segment["peak_share"] == pytest.approx(segment["achieved_tflops"] / result["peak_tflops"])
     assert 0 < result["selector_share"] < 1
     assert "of peak" in bench_report(result)
-    assert result["remarks"][0] in bench_report(result)

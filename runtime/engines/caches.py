@@ -1,9 +1,10 @@
 """KV caches of a decoder on TensorRT: memory taken once, of which an engine sees a bucket of rows.
 
 An engine reads each layer's keys and values as a dense [B, H_kv, C, d] and writes the call's own rows, [B, H_kv, S, d],
-which are copied into their places. C is `bucket`'s: as long as all rows fit it, nothing that the engine sees changes,
+which are copied into their places. At first C is S, and the engine itself writes them there. Before the next call all
+is laid out for a `bucket` of rows, in the same memory: as long as that has places, nothing changes that an engine sees,
 neither shapes nor addresses. Rows that are not filled are masked, and zero: what is masked is multiplied all the same,
-and memory that was never written may hold NaN. When C is full, all is laid out for the next bucket in the same memory.
+and memory that was never written may hold NaN.
 
 Buffers lie side by side in a few blocks, so that one copy brings the new rows of many layers into their places.
 """
@@ -79,12 +80,15 @@ class Caches:
             self._one = new
         return new
 
-    def append(self, past: int, new: Buffers) -> None:
-        """Copy ``new`` behind the first ``past`` rows, whatever is there."""
-        need = past + new.rows
+    def make_room(self, past: int, count: int) -> None:
+        """See to it that ``filled`` has places for ``count`` rows behind the first ``past`` ones, which stay."""
+        need = past + count
         assert need <= self._most, f"{need} rows, room for {self._most}"
         if need > self.filled.rows:
             self._lay_out(bucket(need, self._most), past)
+
+    def append(self, past: int, new: Buffers) -> None:
+        """Copy ``new`` into the places behind the first ``past`` rows, whatever is there."""
         width = new.rows * self._row
         for block, source in zip(self.filled.blocks, new.blocks, strict=True):
             target = Pieces(block.address + past * self._row, self.filled.rows * self._row)

@@ -145,7 +145,7 @@ class Memory:
     def __init__(self, plan: str = "") -> None:
         from polygraphy import cuda
 
-        self._cuda = _runtime()
+        self.cuda = _runtime()
         self._new = cuda.DeviceArray.raw
         self.stream = cuda.Stream()
         self._plan = plan
@@ -190,8 +190,8 @@ class Memory:
     def copy_pieces(self, target: Pieces, source: Pieces, width: int, count: int) -> None:
         """Copy ``count`` pieces of ``width`` bytes, where each is one pitch behind the one before; none may overlap."""
         if width and count:
-            self._cuda.check(
-                self._cuda.handle.cudaMemcpy2DAsync(
+            self.cuda.check(
+                self.cuda.handle.cudaMemcpy2DAsync(
                     ctypes.c_void_p(target.address),
                     ctypes.c_size_t(target.pitch),
                     ctypes.c_void_p(source.address),
@@ -206,8 +206,8 @@ class Memory:
     def zero_pieces(self, target: Pieces, width: int, count: int) -> None:
         """Make ``count`` pieces of ``width`` bytes zero."""
         if width and count:
-            self._cuda.check(
-                self._cuda.handle.cudaMemset2DAsync(
+            self.cuda.check(
+                self.cuda.handle.cudaMemset2DAsync(
                     ctypes.c_void_p(target.address),
                     ctypes.c_size_t(target.pitch),
                     ctypes.c_int(0),
@@ -231,7 +231,7 @@ class Memory:
 
     def _copy(self, to: int, source: int, count: int, kind: int) -> None:
         if count:
-            self._cuda.memcpy(to, source, count, ctypes.c_int(kind), self.stream.ptr)
+            self.cuda.memcpy(to, source, count, ctypes.c_int(kind), self.stream.ptr)
 
     def _allocate(self, size: int) -> Any:
         array = self._malloc(size)

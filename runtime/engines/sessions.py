@@ -6,7 +6,7 @@ Whoever makes them sees to it that engine and segment belong together. See `sess
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from tokprune.runtime import names
 from tokprune.runtime.engines import versions
 from tokprune.runtime.engines.caches import Caches
 from tokprune.runtime.engines.cuda import DeviceTensor, Memory, Pieces
+from tokprune.runtime.engines.graphs import Graph, GraphFailed
 from tokprune.runtime.engines.profiles import DECODE, PREFILL
 from tokprune.runtime.engines.slot import SegmentEngine
 from tokprune.runtime.errors import UserError
@@ -117,43 +118,87 @@ class DecoderSession(EngineSession):
 
     The engine sees C rows of which P are filled, so that the mask [B, P + S] becomes one of [B, C + S], zeros between.
     Decode steps have memory of their own for everything else, always the same; what they give is copied from there,
-    and so outlives the next step.
+    and so outlives the next step. Until C changes, two steps then differ by the content of memory alone, and from the
+    second on they are launched as a CUDA graph: the first is TensorRT's, to settle in with new shapes. A context that
+    is given other shapes or addresses, by another conversation too, loses its graph: TensorRT's own state may change.
     """
 
     def __init__(
-        self, memory: Memory, logger: Any, engine: Any, context: Any, facts: SegmentEngine, segment: SegmentFacts
+        self,
+        memory: Memory,
+        logger: Any,
+        engine: Any,
+        context: Any,
+        facts: SegmentEngine,
+        segment: SegmentFacts,
+        remark: Callable[[str], None],
     ) -> None:
+        """``remark`` is told, once, if there will be no graphs, and why."""
         super().__init__(memory, logger, engine, context, facts, segment)
         self._pasts = {tensor.name: tensor for tensor in segment.inputs if tensor.name.startswith("past_key_values.")}
         self._presents = [name for name in self._outputs if name.startswith("present.")]
         self._new = dict(map(names.beside_present, self._presents))  # by past
         self._small = {name: dtype for name, dtype in self._outputs.items() if name not in self._presents}
         self._own: dict[str, DeviceTensor] = {}  # of decode steps
+        self._remark = remark
+        self._graph: Graph | None = None  # of the shapes and addresses that the context has
+        self._records = True
 
     def run(self, feeds: Mapping[str, Any], outputs: Sequence[str], spare: int = 0) -> dict[str, Any]:
         batch, rows = feeds[names.POSITION_IDS].shape
         mask = feeds[names.ATTENTION_MASK]
         past = mask.shape[1] - rows
         given = {name: tensor for name, tensor in feeds.items() if name not in self._pasts}
-        caches = feeds[next(iter(self._pasts))] if past else self._make_caches(batch, rows, rows + spare)
-        # at first they are empty, and what is new is all that they hold
-        read, new = (caches.filled.tensors, caches.new_rows(rows)) if past else (self._empty(feeds), caches.filled)
-        columns = caches.filled.rows if past else 0
+        if past:
+            caches = feeds[next(iter(self._pasts))]
+            caches.make_room(past, rows)
+            read, new, columns = caches.filled.tensors, caches.new_rows(rows), caches.filled.rows
+        else:  # what is new is all that they hold
+            caches = self._make_caches(batch, rows, rows + spare)
+            read, new, columns = {name: feeds[name] for name in self._pasts}, caches.filled, 0
         shapes = {name: tensor.shape for name, tensor in {**given, **read}.items()}
         self._set_shapes(shapes | {names.ATTENTION_MASK: (batch, columns + rows)})
-        if self._profile == DECODE:
+        is_step = self._profile == DECODE
+        if is_step:
             given = {name: self._to_own(name, tensor) for name, tensor in given.items() if tensor is not mask}
         given[names.ATTENTION_MASK] = self._spread(mask, past, columns)
         small = {name: self._room(name, self._shape_of(name), dtype) for name, dtype in self._small.items()}
         written = {self._new[name]: tensor for name, tensor in new.tensors.items()}
-        self._bind({**given, **read, **small, **written})
-        self._enqueue()
+        if self._bind({**given, **read, **small, **written}) and is_step:
+            self._launch()
+        else:
+            self._drop_graph()
+            self._enqueue()
         if past:
             caches.append(past, new)
-        if self._profile == DECODE:
+        if is_step:
             small = {name: self._copied(tensor) for name, tensor in small.items() if name in outputs}
         self._memory.stream.synchronize()  # its time is its own, and so are its errors
         return {name: caches if name in self._presents else small[name] for name in outputs}
+
+    def _launch(self) -> None:
+        """Run a step that is as the last one was, by the graph that the first such step records."""
+        try:
+            if self._graph is None and self._records:
+                self._graph = Graph(self._memory, self._enqueue_for_graph)
+            if self._graph is not None:
+                self._graph.launch()
+                return
+        except GraphFailed as error:
+            self._drop_graph()
+            self._records = False
+            name = self._facts.name
+            self._remark(f"decode steps of {name} are launched kernel by kernel, a CUDA graph of them failed ({error})")
+        self._enqueue()
+
+    def _enqueue_for_graph(self) -> None:
+        if not self._context.execute_async_v3(self._memory.stream.ptr):
+            raise GraphFailed(f"TensorRT: {self._logger.last}")
+
+    def _drop_graph(self) -> None:
+        if self._graph is not None:
+            self._graph.close()
+            self._graph = None
 
     def _make_caches(self, batch: int, rows: int, most: int) -> Caches:
         first = next(iter(self._pasts.values()))
@@ -162,14 +207,11 @@ class DecoderSession(EngineSession):
         assert isinstance(width, int)
         return Caches(self._memory, list(self._pasts), (batch, heads, width), np.dtype(first.dtype), rows, most)
 
-    def _empty(self, feeds: Mapping[str, Any]) -> dict[str, DeviceTensor]:
-        return {name: feeds[name] for name in self._pasts}
-
     def _spread(self, mask: DeviceTensor, past: int, columns: int) -> DeviceTensor:
         """[B, P + S] → [B, C + S]: 0 for the ``columns`` that hold nothing."""
-        batch, total = mask.shape
-        if columns == past and self._profile != DECODE:
+        if not past:
             return mask
+        batch, total = mask.shape
         rows, item = total - past, mask.dtype.itemsize
         wide = self._room(names.ATTENTION_MASK, (batch, columns + rows), mask.dtype)
         for begin, end, width in ((0, 0, past), (past, columns, rows)):

@@ -21,8 +21,6 @@ from tokprune.runtime.errors import EnginesMissing, UserError
 from tokprune.runtime.manifest import SegmentFacts
 from tokprune.runtime.session import Session
 
-NO_GRAPH = "decode steps are launched kernel by kernel, not as a CUDA graph"
-
 
 @dataclass(frozen=True)
 class Found:
@@ -101,7 +99,7 @@ class TensorRt:
         self._planned = planned
         self.peak_tflops = found.gpu.peak_tflops
         self.name = f"{found.slot.library}-{found.slot.version}-{found.gpu.arch}, selector {found.slot.selector}"
-        self.remarks: tuple[str, ...] = (NO_GRAPH,)
+        self.remarks: tuple[str, ...] = ()
         if found.slot.plugins is not None:
             versions.load_plugins(self._trt, self._folder / PLUGIN_LIBRARY)
         self._logger = _logger(self._trt)
@@ -125,8 +123,11 @@ class TensorRt:
         found = [loaded.get_tensor_name(index) for index in range(loaded.num_io_tensors)]
         if set(found) != {*(tensor.name for tensor in segment.inputs), *_written(segment)}:
             raise UserError(f"{path} is the engine of another graph than {segment.file}: build it again")
-        make = EngineSession if segment.layers is None else DecoderSession
-        return make(self._memory, self._logger, loaded, context, engine, segment)
+        made = (self._memory, self._logger, loaded, context, engine, segment)
+        return EngineSession(*made) if segment.layers is None else DecoderSession(*made, self._remark)
+
+    def _remark(self, text: str) -> None:
+        self.remarks += (text,)
 
     def to_device(self, array: np.ndarray) -> DeviceTensor:
         return self._memory.upload(array)
