@@ -74,19 +74,23 @@ class TestAnswers:
         monkeypatch.setattr(profiles, "BUCKET", 5)
         self.test_as_onnxruntime_gives_them(tiny_bundle, tmp_path, trt, picture, key)
 
-    def test_logits(self, bundle, trt):
+    @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 2e-6), ("fp16", 2e-3)])
+    def test_logits(self, tiny_bundle, tmp_path, trt, precision, tolerance):
         """To the bit at first; then rows that are masked are 0 in a longer sum, which is taken in another order."""
+        bundle = shutil.copytree(tiny_bundle("lofi-2", precision), tmp_path / "bundle")
         fake_tensorrt.write_slot(bundle)
-        features = np.random.default_rng(1).standard_normal((1, 16, 64)).astype(np.float32)
+        dtype = {"fp32": np.float32, "fp16": np.float16}[precision]
+        features = np.random.default_rng(1).standard_normal((1, 16, 64)).astype(dtype)
         found = []
         for engine in ("tensorrt", "onnxruntime"):
             pipeline = load(bundle, engine=engine).pipeline
             state = pipeline.new_state()
             logits = [pipeline.forward(state, [[0, 7, *IMAGE, 9]], Meter(), image_features=features)[0]]
-            logits += [pipeline.forward(state, [prompt], Meter())[0] for prompt in ([20], [21], [22, 23], [24])]
+            prompts = ([20], [21], [22, 23], [24], [25], [26])
+            logits += [pipeline.forward(state, [prompt], Meter())[0] for prompt in prompts]
             found.append(np.concatenate(logits))
         np.testing.assert_array_equal(found[0][0], found[1][0])
-        np.testing.assert_allclose(found[0], found[1], rtol=0, atol=2e-6 * np.abs(found[1]).max())
+        np.testing.assert_allclose(found[0], found[1], rtol=0, atol=tolerance * np.abs(found[1]).max())
 
     def test_conversations_in_turns(self, bundle, trt):
         """What two say on one backend is what each says alone."""

@@ -107,6 +107,7 @@ class EngineSession:
     def _check(self, done: bool, what: str) -> None:
         """What TensorRT answers to a call that it takes is True."""
         if not done:
+            self._shapes, self._addresses = {}, {}  # whatever it was told, it is to be told again
             raise UserError(
                 f"TensorRT refused {what} in {self._facts.name} ({self._logger.last}): build the engines again with "
                 "tokprune build"
