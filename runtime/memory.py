@@ -212,13 +212,14 @@ class MemoryPlan:
 
     @property
     def tensorrt_cache_bytes(self) -> int:
-        """What TensorRT's caches take from the first token on: full ones of all decoders, and one decoder's more.
+        """What TensorRT's caches take: full ones of all decoders, from the first token on, and the row of a step.
 
-        A decoder writes its cache into other memory than it reads it from, and the next one finds that free.
+        Rows are copied into their places and laid out within the same memory.
         """
         new_tokens = self.capacity - self.work.length(self.facts) + self.work.new_tokens
         caches = kv_bytes(self.facts, self.plan, self.base, replace(self.work, new_tokens=new_tokens)).values()
-        return sum(caches) + max(caches)
+        row = kv_bytes_per_token(self.facts, self.plan, self.base).values()
+        return sum(caches) + self.work.batch * sum(row)
 
     @property
     def build_bytes(self) -> int:

@@ -73,6 +73,17 @@ def present(layer: int, which: str) -> str:
     return f"present.{layer}.{which}"
 
 
+def new(layer: int, which: str) -> str:
+    """Name of what TensorRT's engines write instead of a present: the call's own rows, [B, heads_kv, S, head_dim]."""
+    return f"new.{layer}.{which}"
+
+
+def beside_present(present: str) -> tuple[str, str]:
+    """The `past` and `new` names that belong to a `present` one."""
+    _, layer, which = present.split(".")
+    return past(int(layer), which), new(int(layer), which)
+
+
 def state(layer: int) -> str:
     """Name, within a decoder's graph, of the states that enter ``layer``: [B, S, D]."""
     return f"hidden_states.{layer}"

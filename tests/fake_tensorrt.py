@@ -1,8 +1,10 @@
-"""A GPU and a TensorRT that are not there: CUDA's memory is the host's, engines run their graphs in ONNX Runtime.
+"""A TensorRT that is not there, on ``fake_cuda``: engines run their graphs in ONNX Runtime.
 
-Stands below Polygraphy's own DeviceArray and Stream, and behind the names of TensorRT's Python package, so that all of
-our code runs as it is. Stricter than the real ones where a fault would otherwise stay unseen: every address must lie
-in memory that is held, no output may touch an input, new memory is poisoned, shapes must fit the profile in use.
+Stands, with it, below Polygraphy's own DeviceArray and Stream, and behind the names of TensorRT's Python package, so
+that all of our code runs as it is. Stricter than the real ones where a fault would otherwise stay unseen: every address
+must lie in memory that is held and begin where a tensor may, no output may touch an input, shapes must fit the profile
+in use. Of caches, engines write the new rows only, as those do that a build makes. No engine may be recorded for a CUDA
+graph that has not run before in its shapes, or have others when its graph is launched.
 """
 
 from __future__ import annotations
@@ -12,75 +14,16 @@ import json
 import math
 import sys
 import types
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
-from polygraphy.exception import PolygraphyException
+from fake_cuda import ALIGNMENT, POISON, FakeCuda
 
+from tokprune.runtime import names
 from tokprune.runtime.bundle import Bundle, open_bundle, sha256
 from tokprune.runtime.engines import slot, versions
 from tokprune.runtime.engines.profiles import segment_profiles
-
-POISON = 0xA5
-NO_MEMORY = "CUDA Error: 2. To figure out what this means, refer to a page."
-
-
-class FakeCuda:
-    """In place of Polygraphy's wrapper of the CUDA runtime; ``limit`` is the memory of the GPU."""
-
-    def __init__(self, capability=(8, 7), limit=1 << 30) -> None:
-        self.limit, self.memory, self.copied, self.synchronized = limit, {}, Counter(), 0
-        values = {13: 1_300_000, 16: 16, 75: capability[0], 76: capability[1]}
-        self.handle = types.SimpleNamespace(
-            cudaGetDeviceCount=lambda out: self._give(out, 1),
-            cudaDeviceGetAttribute=lambda out, key, device: self._give(out, values[key]),
-            cudaMemGetInfo=lambda free, total: self._give(free, self.free_bytes) or self._give(total, limit),
-        )
-
-    @staticmethod
-    def _give(out, value) -> int:
-        out._obj.value = value
-        return 0
-
-    @property
-    def free_bytes(self) -> int:
-        return self.limit - sum(len(buffer) for buffer in self.memory.values())
-
-    def check(self, status) -> None:
-        assert status == 0
-
-    def malloc(self, nbytes) -> int:
-        if nbytes > self.free_bytes:
-            raise PolygraphyException(NO_MEMORY)
-        buffer = (ctypes.c_ubyte * nbytes)()
-        ctypes.memset(buffer, POISON, nbytes)
-        self.memory[ctypes.addressof(buffer)] = buffer
-        return ctypes.addressof(buffer)
-
-    def free(self, address) -> None:
-        assert self.memory.pop(address, None) is not None or not address
-
-    def create_stream(self) -> int:
-        return 77
-
-    def stream_synchronize(self, stream) -> None:
-        assert stream == 77
-        self.synchronized += 1
-
-    def memcpy(self, dst, src, nbytes, kind, stream_ptr=None) -> None:
-        assert stream_ptr == 77
-        name = {1: "to device", 2: "to host", 3: "on device"}[kind.value]
-        if kind.value in (1, 3):
-            self.check_held(dst, nbytes)
-        if kind.value in (2, 3):
-            self.check_held(src, nbytes)
-        self.copied[name] += nbytes
-        ctypes.memmove(dst, src, nbytes)
-
-    def check_held(self, address, nbytes) -> None:
-        assert any(start <= address and address + nbytes <= start + len(held) for start, held in self.memory.items())
 
 
 class Severity:
@@ -101,6 +44,7 @@ class FakeTensorRt(types.ModuleType):
         super().__init__("tensorrt")
         self.__version__, self.cuda, self.plugins, self.contexts = version, cuda, [], {}
         self.refuses = ""  # the segment that does not run
+        self.refuses_recording = False
 
     def Runtime(self, logger):
         return types.SimpleNamespace(deserialize_cuda_engine=lambda plan: self._engine(logger, bytes(plan)))
@@ -138,26 +82,32 @@ class FakeEngine:
 
 
 class FakeContext:
-    """Counts ``runs``, and in ``switches`` notes each choice of a profile."""
+    """Counts ``runs``, and in ``switches`` notes each choice of a profile.
+
+    ``told`` counts changes of shapes; ``settled`` is its number when an engine last ran by itself.
+    """
 
     def __init__(self, engine: FakeEngine) -> None:
         self.engine, self.facts, self.cuda = engine, engine.facts, engine.trt.cuda
         self.session = onnxruntime.InferenceSession(self.facts["graph"], providers=["CPUExecutionProvider"])
         self.shapes, self.addresses, self.profile = {}, {}, 0
-        self.device_memory, self.switches, self.runs, self.bound = 0, [], 0, []
-        self.most_needed = 0
+        self.device_memory, self.switches, self.runs = (0, 0), [], 0
+        self.most_needed = self.told = self.settled = 0
 
     def set_optimization_profile_async(self, index, stream) -> bool:
         self.profile, self.shapes = index, {}
+        self.told += 1
         self.switches.append(index)
         return stream == 77
 
     def set_input_shape(self, name, shape) -> bool:
         least, _, most = self.facts["profiles"][self.profile].get(name, (shape, shape, shape))
+        self.told += self.shapes.get(name) != shape
         self.shapes[name] = shape
         return all(low <= dim <= high for low, dim, high in zip(least, shape, most, strict=True))
 
     def set_tensor_address(self, name, address) -> bool:
+        assert address % ALIGNMENT == 0
         self.addresses[name] = address
         return address != 0
 
@@ -177,37 +127,52 @@ class FakeContext:
 
     def set_device_memory(self, address, size) -> None:
         self.cuda.check_held(address, size)
-        ctypes.memset(address, POISON, size)
-        self.device_memory = size
+        self.device_memory = (address, size)
 
     def execute_async_v3(self, stream) -> bool:
         assert stream == 77
-        assert self.device_memory >= self.needed
+        assert self.device_memory[1] >= self.needed
         if self.engine.trt.refuses == self.facts["name"]:
             self.engine.logger.log(Severity.ERROR, "an illegal value")
             return False
-        feeds = {name: self._array(name, self.shapes[name], dtype) for name, _, dtype in self.facts["inputs"]}
-        outputs = [(name, self._array(name, self.get_tensor_shape(name), dtype)) for name, _, dtype in self._outputs]
-        everything = [*feeds.items(), *outputs]
-        for name, out in outputs:
+        if self.cuda.recording is None:
+            self.settled = self.told
+        elif self.engine.trt.refuses_recording:
+            self.engine.logger.log(Severity.ERROR, "operation not permitted when stream is capturing")
+            self.cuda.invalid = True
+            return False
+        assert self.settled == self.told, "recorded before it has run in these shapes"
+        shapes = self.shapes | {name: self.get_tensor_shape(name) for name, _, _ in self.facts["outputs"]}
+        recorded = (dict(self.addresses), shapes, self.device_memory, self.told)
+        self.cuda.put(lambda: self._work(*recorded))
+        return True
+
+    def _work(self, addresses, shapes, scratch, told) -> None:
+        assert told == self.told, "launched in other shapes than were recorded"
+        self.cuda.check_held(*scratch)
+        ctypes.memset(scratch[0], POISON, scratch[1])
+        feeds, outputs = (
+            {name: self._array(addresses[name], shapes[name], dtype) for name, _, dtype in self.facts[which]}
+            for which in ("inputs", "outputs")
+        )
+        everything = [*feeds.items(), *outputs.items()]
+        for name, out in outputs.items():
             for other, array in everything:
                 assert name == other or not np.shares_memory(out, array), f"{name} lies upon {other}"
-        values = self.session.run([name for name, _ in outputs], {name: array.copy() for name, array in feeds.items()})
-        for (name, out), value in zip(outputs, values, strict=True):
+        appended = self.facts["appended"]  # present and past, by the name of the new rows
+        asked = [appended.get(name, [name])[0] for name in outputs]
+        values = self.session.run(asked, {name: array.copy() for name, array in feeds.items()})
+        for (name, out), value in zip(outputs.items(), values, strict=True):
+            if name in appended:
+                value = value[:, :, feeds[appended[name][1]].shape[2] :]
             assert out.shape == value.shape, name
             out[...] = value
         self.runs += 1
-        self.bound.append(dict(self.addresses))
-        return True
 
-    @property
-    def _outputs(self):
-        return self.facts["outputs"]
-
-    def _array(self, name, shape, dtype) -> np.ndarray:
+    def _array(self, address, shape, dtype) -> np.ndarray:
         nbytes = math.prod(shape) * np.dtype(dtype).itemsize
-        self.cuda.check_held(self.addresses[name], nbytes)
-        raw = (ctypes.c_ubyte * nbytes).from_address(self.addresses[name])
+        self.cuda.check_held(address, nbytes)
+        raw = (ctypes.c_ubyte * nbytes).from_address(address)
         return np.frombuffer(raw, dtype).reshape(shape)
 
 
@@ -223,6 +188,14 @@ def install(monkeypatch, cuda: FakeCuda | None = None, version: str = "10.3.0") 
     return trt
 
 
+def _written(tensor) -> list:
+    """The shape of an output as engines have it."""
+    if not tensor.name.startswith("present."):
+        return tensor.shape
+    batch, heads, _, width = tensor.shape
+    return [batch, heads, names.SEQUENCE, width]
+
+
 def write_slot(path: Path, *, version: str = "10.3.0", arch: str = "sm87", plugins: bytes | None = None) -> Path:
     """Engines for the bundle at ``path`` as a build would leave them, of the fake's kind; their folder."""
     bundle: Bundle = open_bundle(path)
@@ -231,11 +204,16 @@ def write_slot(path: Path, *, version: str = "10.3.0", arch: str = "sm87", plugi
     segments = []
     for segment in bundle.manifest.segments:
         profiles = segment_profiles(bundle.manifest, segment)
+        presents = [tensor.name for tensor in segment.outputs if tensor.name.startswith("present.")]
+        new = {present: names.beside_present(present)[1] for present in presents}
         facts = {
             "name": segment.name,
             "graph": str(bundle.file(segment.file).resolve()),
             "inputs": [(tensor.name, tensor.shape, tensor.dtype) for tensor in segment.inputs],
-            "outputs": [(tensor.name, tensor.shape, tensor.dtype) for tensor in segment.outputs],
+            "outputs": [
+                (new.get(tensor.name, tensor.name), _written(tensor), tensor.dtype) for tensor in segment.outputs
+            ],
+            "appended": {new[present]: (present, names.beside_present(present)[0]) for present in presents},
             "profiles": list(profiles.values()),
         }
         file = folder / f"{segment.name}.engine"

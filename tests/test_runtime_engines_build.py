@@ -26,9 +26,10 @@ from tokprune.runtime import UserError, names
 from tokprune.runtime.bundle import ALWAYS_HASHED, open_bundle, sha256
 from tokprune.runtime.cli.build import command
 from tokprune.runtime.engines import build as building
-from tokprune.runtime.engines import slot, targets
+from tokprune.runtime.engines import compiler, slot, targets
 from tokprune.runtime.engines.profiles import DECODE, PREFILL
 from tokprune.runtime.engines.targets import RTX_CARDS, find_target
+from tokprune.runtime.manifest import ModelFacts
 from tokprune.runtime.plan import make_plan
 
 
@@ -82,6 +83,14 @@ def again(bundle: Path, **options) -> list[str]:
     return [segment["name"] for segment in result["segments"] if segment["built"]]
 
 
+def new_rows(report: compiler.Report, first: list[str], layers: range, facts: ModelFacts) -> None:
+    """The engine writes no caches: of each layer the call's own keys and values, of any number of rows, in FP16."""
+    written = [names.new(layer, which) for layer in layers for which in ("key", "value")]
+    assert [tensor.name for tensor in report.outputs] == first + written
+    for tensor in report.outputs[len(first) :]:
+        assert (tensor.shape, tensor.dtype) == ((-1, facts.kv_heads, -1, facts.head_dim), "float16")
+
+
 class TestEverySegment:
     def test_of_the_tiny_model_in_fp16(self, built):
         path, result = built
@@ -100,7 +109,7 @@ class TestEverySegment:
             assert list(segment.profiles) == ([PREFILL, DECODE] if decodes else [PREFILL])
         assert slot.file_fault(folder, found) is None
 
-    def test_of_the_demo_model_in_fp16(self, tmp_path):
+    def test_of_the_demo_model_in_fp16(self, tmp_path, monkeypatch):
         """What users have: real widths, 576 tokens, LoFi's whole body."""
         checkpoint = find_checkpoint("demo")
         facts = checkpoint.facts
@@ -110,8 +119,18 @@ class TestEverySegment:
             "lofi", [(2, 64)], layers=facts.layers, visual_tokens=facts.vision.tokens, rank=Rank(components=8)
         )
         export(checkpoint, plan, tmp_path / "demo", precision="fp16")
+        reports = {}
+        compile_ = building.compiler.build
+
+        def spied(graph: Path, *arguments, **options):
+            reports[graph.stem] = report = compile_(graph, *arguments, **options)
+            return report
+
+        monkeypatch.setattr(building.compiler, "build", spied)
         built_now = again(tmp_path / "demo")
         assert built_now == ["vision_encoder", "embed_tokens", "decoder_0", "select_0", "decoder_1"]
+        new_rows(reports["decoder_0"], ["last_hidden_state"], range(2), facts)
+        new_rows(reports["decoder_1"], ["logits"], range(2, facts.layers), facts)
 
     def test_log_and_layers_lie_beside(self, built):
         _, result = built
@@ -203,12 +222,38 @@ class TestRefusals:
         assert list(slot.read_slots(copy)) == []  # the slot is not whole any more
         assert not list(copy.rglob(".building*"))
 
+    def test_a_cache_that_is_made_in_another_way(self, copy):
+        """Its new rows cannot be had alone, and a wrong answer is worse than none."""
+        path = copy / "decoder_1.onnx"
+        model = onnx.load(path, load_external_data=False)
+        (node,) = [node for node in model.graph.node if names.present(1, "key") in node.output]
+        node.input[:] = node.input[::-1]
+        onnx.save(model, path)
+        forge(copy, "decoder_1.onnx")
+        said = r"decoder_1\.onnx at node '.+' \(CONCATENATION\), present\.1\.key is not past_key_values\.1\.key with"
+        with pytest.raises(UserError, match=said):
+            again(copy)
+        assert list(slot.read_slots(copy)) == []
+
+    def test_a_slot_of_engines_that_wrote_whole_caches(self, copy):
+        """Refused in a sentence; a build makes the decoders again, whose keys are others now, and nothing else."""
+        (path,) = copy.glob("engines/*/slot.json")
+        data = json.loads(path.read_text())
+        path.write_text(json.dumps(data | {"schema": 1}))
+        with pytest.raises(UserError, match=r"slot\.json cannot be read \(schema 1 instead of 2\): build the engines"):
+            list(slot.read_slots(copy))
+        for file in copy.rglob("decoder_*.json"):
+            if "layers" not in file.name:
+                file.write_text(json.dumps(json.loads(file.read_text()) | {"key": "another"}))
+        assert again(copy) == ["decoder_0", "decoder_1"]
+        assert len(list(slot.read_slots(copy))) == 1
+
     def test_exit_code_and_sentence(self, copy):
         (copy / "embed_tokens.onnx").write_bytes(b"")
         forge(copy, "embed_tokens.onnx")
         done = cli("build", copy, "--target", "rtx")
         assert done.returncode == 2
-        assert "TensorRT refuses" in done.stderr
+        assert "no engine can be made of" in done.stderr
         assert "the file holds no graph" in done.stderr
         assert "Traceback" not in done.stderr
 

@@ -197,6 +197,26 @@ class TestBuild:
         assert word in refusal.message
         assert not (tmp_path / "engine").exists()
 
+    @pytest.mark.parametrize(
+        ("node", "said"),
+        [
+            (helper.make_node("Concat", ["x", "x"], ["y"], name="wrong", axis=0), ("wrong", "CONCATENATION")),
+            (helper.make_node("Concat", ["x", "x", "x"], ["y"], name="wrong", axis=2), ("wrong", "CONCATENATION")),
+            (helper.make_node("Abs", ["x"], ["y"], name="wrong"), ("wrong", "UNARY")),
+        ],
+    )
+    def test_output_that_is_not_an_input_and_new_rows(self, tmp_path: Path, node: onnx.NodeProto, said: tuple):
+        x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 2, 3, 4])
+        y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+        graph = helper.make_graph([node], "graph", [x], [y])
+        opsets = [helper.make_opsetid("", 20)]
+        onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / "a.onnx")
+        report = compiler.build(tmp_path / "a.onnx", tmp_path / "engine", [], appended=[("y", "x", "new")])
+        (refusal,) = report.refusals
+        assert (refusal.node, refusal.operator) == said
+        assert refusal.message == "y is not x with new rows behind it"
+        assert not (tmp_path / "engine").exists()
+
     def test_restriction_that_only_building_finds(self, tmp_path: Path):
         """TopK takes at most 3840: far above the 576 tokens of LLaVA-1.5, and parsed without a word."""
         k = helper.make_node("Constant", [], ["k"], value=numpy_helper.from_array(np.array([3841])))

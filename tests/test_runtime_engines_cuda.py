@@ -7,7 +7,7 @@ import os
 import fake_tensorrt
 import numpy as np
 import pytest
-from fake_tensorrt import FakeCuda
+from fake_cuda import FakeCuda
 
 from tokprune.runtime import UserError
 from tokprune.runtime.engines import cuda

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from tokprune.runtime.bundle import Bundle, open_bundle
-from tokprune.runtime.engines.profiles import DECODE, PREFILL, segment_profiles
+from tokprune.runtime.engines.profiles import DECODE, PREFILL, bucket, segment_profiles
 from tokprune.runtime.manifest import Limits
 
 
@@ -21,12 +21,17 @@ class TestProfiles:
         found = self.sizes(open_bundle(tiny_bundle("lofi")), "decoder_1", Limits(4, 60, 100))
         prefill, decode = found[PREFILL], found[DECODE]
         assert prefill["hidden_states"] == ((1, 1, 64), (1, 42, 64), (4, 60, 64))
-        assert prefill["attention_mask"] == ((1, 1), (1, 42), (4, 159))
-        assert prefill["past_key_values.1.key"] == ((1, 2, 0, 16), (1, 2, 0, 16), (4, 2, 99, 16))
+        assert prefill["attention_mask"] == ((1, 1), (1, 42), (4, 160))
+        assert prefill["past_key_values.1.key"] == ((1, 2, 0, 16), (1, 2, 0, 16), (4, 2, 100, 16))
         assert prefill["logits_index"] == ((1, 1), (1, 1), (4, 60))
         assert decode["hidden_states"] == ((1, 1, 64), (1, 1, 64), (4, 1, 64))
-        assert decode["past_key_values.1.key"] == ((1, 2, 1, 16), (1, 2, 52, 16), (4, 2, 99, 16))
-        assert decode["attention_mask"] == ((1, 2), (1, 53), (4, 100))
+        assert decode["past_key_values.1.key"] == ((1, 2, 1, 16), (1, 2, 100, 16), (4, 2, 100, 16))
+        assert decode["attention_mask"] == ((1, 2), (1, 101), (4, 101))
+
+    def test_usual_caches_are_buckets(self, tiny_bundle):
+        found = self.sizes(open_bundle(tiny_bundle("lofi")), "decoder_1", Limits(4, 60, 500))
+        assert found[DECODE]["past_key_values.1.key"][1] == (1, 2, 128, 16)
+        assert [bucket(rows, 300) for rows in (1, 128, 129, 257, 300)] == [128, 128, 256, 300, 300]
 
     def test_selector_and_tower(self, tiny_bundle):
         bundle, limits = open_bundle(tiny_bundle("lvpruning")), Limits(4, 60, 100)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tokprune.runtime import memory
+from tokprune.runtime import memory, names
 from tokprune.runtime.bundle import Bundle, sha256
 from tokprune.runtime.device import memory_facts
 from tokprune.runtime.engines import compiler, slot
@@ -152,7 +152,14 @@ def _inputs(
         "graph": graph,
         "plugins": plugin_hash if graph == segment.plugin_file else None,
         "profiles": segment_profiles(bundle.manifest, segment),
+        "appended": _caches(segment),
     }
+
+
+def _caches(segment: SegmentFacts) -> list[tuple[str, str, str]]:
+    """Of each cache that ``segment`` gives: its name, that of the rows it had before, and that of the new ones."""
+    presents = [tensor.name for tensor in segment.outputs if tensor.name.startswith("present.")]
+    return [(present, *names.beside_present(present)) for present in presents]
 
 
 def _is_whole(folder: Path, engine: SegmentEngine) -> bool:
@@ -182,6 +189,7 @@ def _build_segment(
         list(profiles.values()),
         library=target.library,
         plugins=[] if plugins is None or graph.name != segment.plugin_file else [plugins],
+        appended=_caches(segment),
         beside=compiler.Beside(files["log"], files["layers.json"], folder / TIMING_CACHE, target.has_gpu),
         progress=lambda phase, done, steps: progress(name, phase, done, steps),
     )
@@ -207,8 +215,8 @@ def _sentence(graph: Path, refusal: compiler.Refusal, log: Path) -> str:
     node = f"at node '{refusal.node}'" if refusal.node else "at no node that it names"
     operator = f" ({refusal.operator})" if refusal.operator else ""
     return (
-        f"TensorRT refuses {graph} {node}{operator}, {refusal.message.rstrip('.')}: export the bundle again, or report "
-        f"this with {log}"
+        f"no engine can be made of {graph} {node}{operator}, {refusal.message.rstrip('.')}: export the bundle again, "
+        f"or report this with {log}"
     )
 
 

@@ -39,6 +39,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     if not is_parsed and not refusals:
         refusals.append(("", "", "the parser refused the file without a reason"))
     if "out" in job and not refusals:
+        refusals = _mark_new_rows(trt, network, job["appended"])
+    if "out" in job and not refusals:
         refusals = _build(trt, library, builder, network, logger, job)
     return {
         **report,
@@ -49,6 +51,33 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         "log": [text for _, text in logger.kept],
         "seconds": time.perf_counter() - begin,
     }
+
+
+def _mark_new_rows(trt: Any, network: Any, appended: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
+    """Have ``network`` write, instead of an output that is an input and new rows behind it, those rows alone.
+
+    Of an output that is made in another way a refusal, which names the layer that makes it.
+    """
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    makers = {layer.get_output(index).name: layer for layer in layers for index in range(layer.num_outputs)}
+    outputs = [network.get_output(index) for index in range(network.num_outputs)]
+    marked = {tensor.name: tensor for tensor in outputs}
+    refusals = []
+    for output, begin, name in appended:
+        maker = makers.get(output)
+        if output not in marked or maker is None:
+            refusals.append(("", "", f"no node makes its output {output}"))
+            continue
+        if maker.type == trt.LayerType.CONCATENATION:
+            maker.__class__ = trt.IConcatenationLayer  # get_layer gives the base class, in some versions
+            if maker.axis == 2 and [maker.get_input(0).name, maker.num_inputs] == [begin, 2]:
+                rows = maker.get_input(1)
+                network.unmark_output(marked[output])
+                rows.name = name
+                network.mark_output(rows)
+                continue
+        refusals.append((maker.name, maker.type.name, f"{output} is not {begin} with new rows behind it"))
+    return refusals
 
 
 def _build(

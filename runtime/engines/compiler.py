@@ -29,6 +29,7 @@ RTX_LIBRARY = "libtensorrt_rtx.so"  # as the parser asks the loader for it; the 
 Shape = tuple[int, ...]
 ShapeRanges = Mapping[str, tuple[Shape, Shape, Shape]]  # least, usual, greatest shape of each input with open axes
 Progress = Callable[[str, int, int], None]  # phase, steps done, steps
+Appended = Sequence[tuple[str, str, str]]  # output, the input that it begins with, a name for the rows behind it
 
 
 @dataclass(frozen=True)
@@ -96,15 +97,21 @@ def build(
     *,
     library: Library = RTX,
     plugins: Sequence[Path] = (),
+    appended: Appended = (),
     beside: Beside | None = None,
     progress: Progress = lambda phase, done, steps: None,
 ) -> Report:
     """Parse the ONNX file at ``path`` and write an engine with these optimisation profiles to ``out``.
 
-    Types are those of the graph, and TF32 is off: FP32 products are FP32. A graph or profile at fault is told by the
-    report; ``out`` is then not written. Raises UserError like `parse`.
+    Types are those of the graph, and TF32 is off: FP32 products are FP32. Of each of the ``appended`` outputs, the
+    engine has the new rows only. A graph or profile at fault is told by the report; ``out`` is then not written.
+    Raises UserError like `parse`.
     """
-    job = _job(path, library, plugins) | {"out": str(out.resolve()), "profiles": [dict(each) for each in profiles]}
+    job = _job(path, library, plugins) | {
+        "out": str(out.resolve()),
+        "profiles": [dict(each) for each in profiles],
+        "appended": [list(each) for each in appended],
+    }
     if beside is not None:
         job |= {key: str(getattr(beside, key).resolve()) for key in ("log", "layers", "timing_cache")}
         job["inspect"] = beside.inspect

@@ -13,7 +13,7 @@ import sys
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -132,13 +132,20 @@ class DeviceTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+class Pieces(NamedTuple):
+    """Where the first of some pieces of memory begins, and how many bytes behind one the next does."""
+
+    address: int
+    pitch: int
+
+
 class Memory:
     """The process's GPU memory and stream. ``plan`` says in errors what was planned for."""
 
     def __init__(self, plan: str = "") -> None:
         from polygraphy import cuda
 
-        self._cuda = _runtime()
+        self.cuda = _runtime()
         self._new = cuda.DeviceArray.raw
         self.stream = cuda.Stream()
         self._plan = plan
@@ -180,6 +187,36 @@ class Memory:
         width = target.dtype.itemsize
         self._copy(target.address + at * width, source.address + begin * width, count * width, _ON_DEVICE)
 
+    def copy_pieces(self, target: Pieces, source: Pieces, width: int, count: int) -> None:
+        """Copy ``count`` pieces of ``width`` bytes, where each is one pitch behind the one before; none may overlap."""
+        if width and count:
+            self.cuda.check(
+                self.cuda.handle.cudaMemcpy2DAsync(
+                    ctypes.c_void_p(target.address),
+                    ctypes.c_size_t(target.pitch),
+                    ctypes.c_void_p(source.address),
+                    ctypes.c_size_t(source.pitch),
+                    ctypes.c_size_t(width),
+                    ctypes.c_size_t(count),
+                    ctypes.c_int(_ON_DEVICE),
+                    ctypes.c_void_p(self.stream.ptr),
+                )
+            )
+
+    def zero_pieces(self, target: Pieces, width: int, count: int) -> None:
+        """Make ``count`` pieces of ``width`` bytes zero."""
+        if width and count:
+            self.cuda.check(
+                self.cuda.handle.cudaMemset2DAsync(
+                    ctypes.c_void_p(target.address),
+                    ctypes.c_size_t(target.pitch),
+                    ctypes.c_int(0),
+                    ctypes.c_size_t(width),
+                    ctypes.c_size_t(count),
+                    ctypes.c_void_p(self.stream.ptr),
+                )
+            )
+
     def scratch(self, size: int) -> Any:
         """One piece of memory for whoever works now: at least ``size`` bytes, larger and elsewhere after a request for
         more. Has ``ptr`` and ``allocated_nbytes``."""
@@ -194,7 +231,7 @@ class Memory:
 
     def _copy(self, to: int, source: int, count: int, kind: int) -> None:
         if count:
-            self._cuda.memcpy(to, source, count, ctypes.c_int(kind), self.stream.ptr)
+            self.cuda.memcpy(to, source, count, ctypes.c_int(kind), self.stream.ptr)
 
     def _allocate(self, size: int) -> Any:
         array = self._malloc(size)

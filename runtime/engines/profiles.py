@@ -1,8 +1,8 @@
 """The sizes that engines are made for: a bundle's limits as ranges of each segment's open axes.
 
 Decoders get two profiles over one set of weights, prefill and decode. TensorRT works the greatest sizes of a profile
-out together, so they have to fit one another: a mask of P + S columns for P cached rows and S new ones. Knows sizes
-only; letters are those of ``names``.
+out together, so they have to fit one another: a mask of C + S columns for a cache of C rows, those not yet filled
+among them, and S new ones. Knows sizes only; letters are those of ``names``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from tokprune.runtime.manifest import Manifest, SegmentFacts
 from tokprune.runtime.memory import usual_work
 
 PREFILL, DECODE = "prefill", "decode"
+BUCKET = 128  # rows: what engines see of a cache grows by so many, so that decode steps keep their shapes meanwhile
 LOGITS_ROWS = 64  # at most, of one call: generation asks for one row, `verify` for as many as it compares (16)
 
 Range = tuple[int, int, int]  # least, usual, greatest
@@ -24,7 +25,8 @@ def segment_profiles(manifest: Manifest, segment: SegmentFacts) -> dict[str, Sha
     """Profiles of ``segment`` by name: shapes of each input, least, usual and greatest.
 
     ``decode`` is for one new row behind cached ones, and missing where no row can be cached. ``prefill`` is for all
-    else, a later turn's rows behind cached ones too.
+    else, a later turn's rows behind cached ones too. A cache may have as many rows as the limit says while not all of
+    them are filled.
     """
     ranges = {PREFILL: _prefill(manifest, segment)}
     if segment.layers is not None and manifest.limits.max_kv_capacity > 1:
@@ -44,8 +46,8 @@ def _prefill(manifest: Manifest, segment: SegmentFacts) -> dict[str, Range]:
     return {
         names.BATCH: (1, 1, limits.max_batch),
         names.SEQUENCE: _range(least, before + work.text_tokens, rows),
-        names.PAST: (0, 0, limits.max_kv_capacity - 1),
-        names.TOTAL: _range(least, before + work.text_tokens, rows, more=limits.max_kv_capacity - 1),
+        names.PAST: (0, 0, limits.max_kv_capacity),
+        names.TOTAL: _range(least, before + work.text_tokens, rows, more=limits.max_kv_capacity),
         names.LOGITS_COUNT: (1, 1, min(LOGITS_ROWS, rows)),
         names.IMAGES: (1, 1, images),
         names.ROWS: _range(1 + (after or 0), (after or 0) + work.text_tokens, rows),
@@ -54,10 +56,10 @@ def _prefill(manifest: Manifest, segment: SegmentFacts) -> dict[str, Range]:
 
 
 def _decode(manifest: Manifest) -> dict[str, Range]:
-    """One row behind any cache; usual is one that holds a prompt of the usual length, unpruned."""
+    """One row behind any cache; usual is one that holds a prompt of the usual length, unpruned, and some answer."""
     limits, work = manifest.limits, usual_work(manifest.model)
-    past = limits.max_kv_capacity - 1
-    usual = min(past, work.text_tokens + work.images * manifest.model.vision.tokens)
+    past = limits.max_kv_capacity
+    usual = bucket(1 + work.text_tokens + work.images * manifest.model.vision.tokens, past)
     return {
         names.BATCH: (1, 1, limits.max_batch),
         names.SEQUENCE: (1, 1, 1),
@@ -65,6 +67,11 @@ def _decode(manifest: Manifest) -> dict[str, Range]:
         names.TOTAL: (2, usual + 1, past + 1),
         names.LOGITS_COUNT: (1, 1, 1),
     }
+
+
+def bucket(rows: int, most: int) -> int:
+    """Rows of a cache that is to hold ``rows`` and never more than ``most``."""
+    return min(-(-rows // BUCKET) * BUCKET, most)
 
 
 def _visual_rows(manifest: Manifest, segment: SegmentFacts) -> tuple[int, int | None]:

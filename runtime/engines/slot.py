@@ -20,7 +20,7 @@ from tokprune.runtime.engines.compiler import ShapeRanges
 from tokprune.runtime.errors import UserError
 
 FOLDER, FILE = "engines", "slot.json"
-SCHEMA = 2
+SCHEMA = 2  # of 1, decoders wrote their caches whole
 PLUGIN_LIBRARY = "plugins.so"  # the copy that a slot keeps
 
 

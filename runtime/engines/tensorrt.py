@@ -1,40 +1,25 @@
-"""Engines behind the runtime's sessions, on TensorRT or TensorRT-RTX: tensors stay on the GPU from segment to segment.
-
-KV caches: a decoder writes its cache whole into other memory than it reads it from, each made for all rows that its
-sequence may come to have there: the bundle's capacity, less what was pruned in front of it. What it has read is free
-for the next decoder, so that there are as many as caches, and one decoder's more.
-
-A decode step is not captured in a CUDA graph. A graph replays fixed addresses and shapes, while a cache that grows by
-concatenation has another shape in each step. With caches at full capacity, the unused part masked, shapes would stay,
-and each new row be copied into its place; but each step would read, write and read again the whole capacity: 3 GiB for
-7B in FP16 and 2048 tokens, 16 ms of an AGX Orin's bandwidth, against 5 ms for 700 tokens and less where they were
-pruned. What a graph saves is launching, some 300 kernels of a few µs, while the GPU reads 13.5 GB of weights, 66 ms
-there and 3 ms on an H200: most of it is hidden. These are estimates: measure before changing this. Caches that are
-updated in place (TensorScatter, TensorRT 10.15) would change it, and need other graphs than 10.3 reads.
-"""
+"""Engines behind the runtime's sessions, on TensorRT or RTX: tensors stay on the GPU from segment to segment."""
 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tokprune.runtime import memory
+from tokprune.runtime import memory, names
 from tokprune.runtime.bundle import Bundle
 from tokprune.runtime.engines import cuda, versions
 from tokprune.runtime.engines.cuda import DeviceTensor, Memory
 from tokprune.runtime.engines.fused import LIBRARY as FUSED
-from tokprune.runtime.engines.profiles import DECODE, PREFILL
-from tokprune.runtime.engines.slot import PLUGIN_LIBRARY, SegmentEngine, Slot, misfit, read_slots
+from tokprune.runtime.engines.sessions import DecoderSession, EngineSession
+from tokprune.runtime.engines.slot import PLUGIN_LIBRARY, Slot, misfit, read_slots
 from tokprune.runtime.errors import EnginesMissing, UserError
 from tokprune.runtime.manifest import SegmentFacts
 from tokprune.runtime.session import Session
-
-NO_GRAPH = "decode steps are launched kernel by kernel, not as a CUDA graph: the caches' shapes grow with each"
 
 
 @dataclass(frozen=True)
@@ -114,7 +99,7 @@ class TensorRt:
         self._planned = planned
         self.peak_tflops = found.gpu.peak_tflops
         self.name = f"{found.slot.library}-{found.slot.version}-{found.gpu.arch}, selector {found.slot.selector}"
-        self.remarks: tuple[str, ...] = (NO_GRAPH,)
+        self.remarks: tuple[str, ...] = ()
         if found.slot.plugins is not None:
             versions.load_plugins(self._trt, self._folder / PLUGIN_LIBRARY)
         self._logger = _logger(self._trt)
@@ -123,7 +108,7 @@ class TensorRt:
     def load_all(self, bundle: Bundle, segments: Sequence[SegmentFacts]) -> list[Session]:
         return [self.load(bundle, segment) for segment in segments]
 
-    def load(self, bundle: Bundle, segment: SegmentFacts) -> _Session:
+    def load(self, bundle: Bundle, segment: SegmentFacts) -> EngineSession:
         engine = self._slot.segment(segment.name)
         path = self._folder / engine.file
         # mapped, not read: where CPU and GPU share memory, a copy would take as much as the weights
@@ -131,15 +116,18 @@ class TensorRt:
             loaded = self._runtime.deserialize_cuda_engine(plan)
         context = None if loaded is None else versions.create_context(self._trt, loaded)
         if context is None:
-            said = self._logger.errors[-1] if self._logger.errors else "without a reason"
             raise UserError(
-                f"TensorRT cannot load {path} ({said}){self._planned}: if memory was short, close what else uses it; "
-                "else build it again with tokprune build"
+                f"TensorRT cannot load {path} ({self._logger.last}){self._planned}: if memory was short, close what "
+                "else uses it; else build it again with tokprune build"
             )
         found = [loaded.get_tensor_name(index) for index in range(loaded.num_io_tensors)]
-        if set(found) != {tensor.name for tensor in (*segment.inputs, *segment.outputs)}:
+        if set(found) != {*(tensor.name for tensor in segment.inputs), *_written(segment)}:
             raise UserError(f"{path} is the engine of another graph than {segment.file}: build it again")
-        return _Session(self._memory, self._logger, loaded, context, engine, segment)
+        made = (self._memory, self._logger, loaded, context, engine, segment)
+        return EngineSession(*made) if segment.layers is None else DecoderSession(*made, self._remark)
+
+    def _remark(self, text: str) -> None:
+        self.remarks += (text,)
 
     def to_device(self, array: np.ndarray) -> DeviceTensor:
         return self._memory.upload(array)
@@ -158,87 +146,22 @@ class TensorRt:
         return states
 
 
-class _Session:
-    """One engine and its context. Its own memory is what all contexts share: they take turns."""
-
-    def __init__(
-        self, memory: Memory, logger: Any, engine: Any, context: Any, facts: SegmentEngine, segment: SegmentFacts
-    ) -> None:
-        self._memory, self._logger, self._engine, self._context = memory, logger, engine, context
-        self._facts = facts
-        self._outputs = {tensor.name: np.dtype(tensor.dtype) for tensor in segment.outputs}
-        self._profile: int | None = None
-
-    def run(self, feeds: Mapping[str, DeviceTensor], outputs: Sequence[str], spare: int = 0) -> dict[str, DeviceTensor]:
-        context, stream = self._context, self._memory.stream
-        self._choose_profile(feeds)
-        for name, tensor in feeds.items():
-            self._check(context.set_input_shape(name, tensor.shape), f"{name} of shape {list(tensor.shape)}")
-            self._check(context.set_tensor_address(name, tensor.address), f"an address for {name}")
-        given = {}
-        for name, dtype in self._outputs.items():
-            given[name] = self._empty(name, tuple(context.get_tensor_shape(name)), dtype, spare)
-            self._check(context.set_tensor_address(name, given[name].address), f"an address for {name}")
-        scratch = self._memory.scratch(versions.context_bytes(context))
-        context.set_device_memory(scratch.ptr, scratch.allocated_nbytes)
-        self._check(context.execute_async_v3(stream.ptr), "to run")
-        stream.synchronize()  # its time is its own, and so are its errors
-        return {name: given[name] for name in outputs}
-
-    def _empty(self, name: str, shape: tuple[int, ...], dtype: np.dtype, spare: int) -> DeviceTensor:
-        """Memory for an output; a cache's is for all rows to come, so that its next step finds some of its size."""
-        if not name.startswith("present."):
-            return self._memory.empty(shape, dtype)
-        batch, heads, rows, width = shape
-        return self._memory.empty(shape, dtype, batch * heads * (rows + spare) * width * dtype.itemsize)
-
-    def _choose_profile(self, feeds: Mapping[str, DeviceTensor]) -> None:
-        """Decode's if the call is one row behind a cache. Raises UserError if no profile takes the shapes."""
-        names = list(self._facts.profiles)
-        fault = ""
-        for name in sorted(names, key=(DECODE, PREFILL).index):
-            wrong = next((item for item in feeds.items() if not self._takes(name, *item)), None)
-            if wrong is None:
-                index = names.index(name)
-                if index != self._profile:
-                    switched = self._context.set_optimization_profile_async(index, self._memory.stream.ptr)
-                    self._check(switched, f"profile {name}")
-                    self._profile = index
-                return
-            ranges = self._facts.profiles[name][wrong[0]]
-            fault = (
-                f"{wrong[0]} of shape {list(wrong[1].shape)}, its engine takes {list(ranges[0])} to {list(ranges[2])}"
-            )
-        raise UserError(
-            f"{self._facts.name} was given {fault}: ask for less at a time, or export with greater limits and build "
-            "engines anew"
-        )
-
-    def _takes(self, profile: str, name: str, tensor: DeviceTensor) -> bool:
-        ranges = self._facts.profiles[profile].get(name)
-        if ranges is None:  # no open axes
-            return True
-        return all(least <= dim <= most for least, dim, most in zip(ranges[0], tensor.shape, ranges[2], strict=True))
-
-    def _check(self, done: bool, what: str) -> None:
-        """What TensorRT answers to a call that it takes is True."""
-        if not done:
-            said = self._logger.errors[-1] if self._logger.errors else "without a reason"
-            raise UserError(
-                f"TensorRT refused {what} in {self._facts.name} ({said}): build the engines again with tokprune build"
-            )
+def _written(segment: SegmentFacts) -> list[str]:
+    """The outputs of an engine: of caches the new rows."""
+    outputs = [tensor.name for tensor in segment.outputs]
+    return [names.beside_present(name)[1] if name.startswith("present.") else name for name in outputs]
 
 
 def _logger(trt: Any) -> Any:
     class Log(trt.ILogger):
-        """Keeps errors, which reach the user as sentences; everything else is dropped."""
+        """Keeps the last error, which reaches the user in a sentence; everything else is dropped."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self.errors: list[str] = []
+            self.last = "without a reason"
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
-                self.errors.append(message)
+                self.last = message
 
     return Log()

@@ -73,15 +73,22 @@ def create_network(trt: Any, builder: Any) -> Any:
 def create_config(trt: Any, library: Library, profiles: list[Any], monitor: Any, timing_cache: Path | None) -> Any:
     """Polygraphy's loader of a builder configuration: TF32 off, tactics timed before remembered.
 
-    Its loader for RTX leaves TF32 as it is, which is on.
+    Its loader for RTX leaves TF32 as it is, which is on. Engines of RTX may take memory while they run, which a CUDA
+    graph cannot record, unless that is ruled out.
     """
+
+    def settle(builder: Any, network: Any, config: Any) -> None:
+        config.clear_flag(trt.BuilderFlag.TF32)
+        if library is RTX:
+            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+
     from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
     from polygraphy.backend.trt import CreateConfig, PostprocessConfig
 
     known = str(timing_cache) if timing_cache is not None and timing_cache.is_file() else None
     make = CreateConfigRTX if library is RTX else CreateConfig
     config = make(profiles=profiles, progress_monitor=monitor, load_timing_cache=known)
-    return PostprocessConfig(config, lambda builder, network, config: config.clear_flag(trt.BuilderFlag.TF32))
+    return PostprocessConfig(config, settle)
 
 
 def load_plugins(trt: Any, library: Path) -> None:
