@@ -126,7 +126,8 @@ class Pipeline:
         ]
         images = [len(rows) for rows in visual]
         if isinstance(image_features, np.ndarray):
-            image_features = self.backend.to_device(image_features)
+            dtype = self.manifest.segment(names.VISION_ENCODER).outputs[0].dtype  # on a GPU, bytes are put into place
+            image_features = self.backend.to_device(image_features.astype(dtype, copy=False))
         if sum(images) != (0 if image_features is None else self.backend.shape(image_features)[0]):
             raise ValueError(f"{sum(images)} images are in the ids, but features of others were given")
         batch = Batch(tuple(Layout.of(len(row), rows) for row, rows in zip(ids, visual, strict=True)))

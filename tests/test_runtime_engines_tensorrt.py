@@ -92,6 +92,20 @@ class TestAnswers:
         np.testing.assert_array_equal(found[0][0], found[1][0])
         np.testing.assert_allclose(found[0], found[1], rtol=0, atol=tolerance * np.abs(found[1]).max())
 
+    @pytest.mark.parametrize("given", [np.float32, np.float64])
+    def test_features_of_another_type(self, given, tiny_bundle, tmp_path, trt):
+        """From the host they are put into place as bytes, so they are brought to the bundle's type first."""
+        path = shutil.copytree(tiny_bundle("lofi-2", "fp16"), tmp_path / "bundle")
+        fake_tensorrt.write_slot(path)
+        found = []
+        for dtype in (np.float16, given):
+            pipeline = load(path, engine="tensorrt").pipeline
+            values = np.random.default_rng(3).standard_normal((1, 16, pipeline.facts.hidden)).astype(np.float16)
+            ids = [[0, 7, *IMAGE, 9]]
+            logits, _ = pipeline.forward(pipeline.new_state(), ids, Meter(), image_features=values.astype(dtype))
+            found.append(logits.copy())
+        np.testing.assert_array_equal(*found)
+
     def test_conversations_in_turns(self, bundle, trt):
         """What two say on one backend is what each says alone."""
         fake_tensorrt.write_slot(bundle)
