@@ -18,6 +18,7 @@ from tokprune.runtime.bundle import open_bundle
 from tokprune.runtime.chat import load
 from tokprune.runtime.engines.fused import FORM
 from tokprune.runtime.making import NO_FLASH
+from tokprune.runtime.session import make_backend
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 8
 
@@ -52,11 +53,30 @@ def test_the_call_that_is_timed_is_attention(flash, seen):
     np.testing.assert_array_equal(cache[1, 0], wanted)
 
 
-def test_both_forms_of_all_decoders_are_timed(tiny_bundle):
-    manifest = open_bundle(tiny_bundle("lofi")).manifest
-    found = form.measure_forms(manifest)
+def test_both_forms_of_all_decoders_are_timed(tiny_bundle, seen, monkeypatch):
+    """Whatever the user has set, which would make them the same."""
+    monkeypatch.setenv(NO_FLASH, "1")
+    found = form.measure_forms(open_bundle(tiny_bundle("lofi")).manifest)
     assert set(found) == {"whole", "flash"}
-    assert all(0 < ms < 1000 for ms in found.values())
+    assert all(ms > 0 for ms in found.values())
+    assert seen == ["1", "0"] * 2
+    assert os.environ[NO_FLASH] == "1"
+
+
+def test_times_are_medians_behind_a_warm_up(monkeypatch):
+    """Of a prompt in two pieces and of a step, each form's own."""
+    script = {False: [99, 3, 1, 2, 5, 4], True: [99, 30, 10, 20, 50, 40]}
+
+    class Scripted:
+        def __init__(self, shape, flash):
+            self.rounds = iter([ms for ms in script[flash] for _ in range(2)])
+
+        def run(self, states, caches, calls):
+            assert calls in ([(0, 256), (256, 300)], [(300, 301)])
+            return float(next(self.rounds))
+
+    monkeypatch.setattr(form, "_Attention", Scripted)
+    assert form._times((HEADS, KV_HEADS, WIDTH), 300, 2) == {"whole": (3.0, 3.0), "flash": (30.0, 30.0)}
 
 
 def test_a_token_counts_as_often_as_it_is_made(tiny_bundle, monkeypatch):
@@ -116,6 +136,12 @@ class TestSlot:
         assert not any(segment["built"] for segment in result["segments"])
 
     @pytest.mark.parametrize("text", ["", "{}", '{"whole": "x", "flash": 1}', "[1]"])
-    def test_a_damaged_file_is_told(self, text, bundle, call):
+    def test_a_damaged_file_is_told_and_mended(self, text, bundle):
         self.file(bundle).write_text(text)
-        call("run", bundle, "--prompt", "What is here?").refused(FORM, "--target cpu")
+        backend = make_backend("auto", open_bundle(bundle))
+        assert "fused" not in backend.name
+        assert any(FORM in remark and "--target cpu" in remark for remark in backend.remarks)
+        result = build_fused(open_bundle(bundle))
+        assert result["attention_ms"] == {"whole": 2.0, "flash": 1.0}
+        assert not any(segment["built"] for segment in result["segments"])
+        assert "fused" in make_backend("auto", open_bundle(bundle)).name

@@ -15,6 +15,7 @@ from PIL import Image
 from tokprune.runtime import UserError, names
 from tokprune.runtime.chat import load, result_record
 from tokprune.runtime.engines import profiles
+from tokprune.runtime.engines.sessions import GRAPHS
 from tokprune.runtime.pipeline import Meter, Pipeline, State
 
 IMAGE = [3] * 16
@@ -272,6 +273,17 @@ class TestNoGraphs:
         ]
         assert trt.cuda.calls["cudaStreamBeginCapture"] == 3
         assert (trt.cuda.graphs, trt.cuda.executable, trt.cuda.last_error) == ({}, {}, 0)
+
+    def test_where_none_are_wanted(self, bundle, trt, monkeypatch):
+        monkeypatch.setenv(GRAPHS, "0")
+        fake_tensorrt.write_slot(bundle)
+        model = load(bundle, engine="tensorrt")
+        list(model.chat().ask("What is this?", max_new_tokens=6))
+        assert trt.cuda.calls["cudaStreamBeginCapture"] == 0
+        assert model.pipeline.backend.remarks == tuple(
+            f"decode steps of decoder_{index} are launched kernel by kernel, as TOKPRUNE_CUDA_GRAPHS=0 asks"
+            for index in range(3)
+        )
 
     def test_short_answers_need_none(self, bundle, trt):
         fake_tensorrt.write_slot(bundle)

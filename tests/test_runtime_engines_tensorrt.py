@@ -200,6 +200,17 @@ class TestFit:
         assert "plugins.so is not the library of plugins that its engines were built with" in self.refused(bundle)
         assert trt.plugins == []
 
+    def test_a_slot_of_another_version_of_tokprune(self, bundle, trt):
+        """A reason like others, so that ONNX Runtime answers where that is allowed."""
+        fake_tensorrt.write_slot(bundle)
+        (path,) = bundle.glob("engines/*/slot.json")
+        data = json.loads(path.read_text()) | {"schema": 1}
+        path.write_text(json.dumps(data | {"segments": [{"name": "decoder_0", "what": "it had then"}]}))
+        assert "built by another version of tokprune (schema 1" in self.refused(bundle)
+        backend = load(bundle).pipeline.backend
+        assert backend.name.startswith("onnxruntime")
+        assert any("schema 1" in remark for remark in backend.remarks)
+
     def test_no_gpu(self, bundle, trt):
         fake_tensorrt.write_slot(bundle)
         trt.cuda.handle.cudaGetDeviceCount = lambda out: 35

@@ -51,7 +51,7 @@ def build_fused(
     keys = [(segment, slot.make_key(_inputs(bundle, segment, onnxruntime.__version__))) for segment in segments]
 
     def prepare(missing: list[str]) -> None:
-        if missing or not (folder / FORM).is_file():
+        if missing or not _has_form(folder):
             slot.write_json(folder / FORM, measure_forms(bundle.manifest))
 
     def make(segment: SegmentFacts, key: str, building: Path) -> SegmentEngine:
@@ -60,6 +60,14 @@ def build_fused(
     built_for = (LIBRARY, onnxruntime.__version__, ARCH, "native", None)
     result = fill_slot(bundle, folder, built_for, keys, make, prepare=prepare, finished=finished)
     return result | {"attention_ms": json.loads((folder / FORM).read_text(encoding="utf-8"))}
+
+
+def _has_form(folder: Path) -> bool:
+    try:
+        read_form(folder)
+    except ValueError:
+        return False
+    return True
 
 
 def _inputs(bundle: Bundle, segment: SegmentFacts, version: str) -> dict[str, Any]:

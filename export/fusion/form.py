@@ -8,6 +8,7 @@ question asks of it, a prompt with an image and its answer, with the caches of t
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from typing import Any
@@ -18,7 +19,7 @@ from onnx import TensorProto, helper
 from tokprune.export.fusion.attention import CAPACITY
 from tokprune.export.fusion.rules import MICROSOFT
 from tokprune.runtime.engines.fused import LENGTHS, PIECE, TOTAL
-from tokprune.runtime.making import making_sessions
+from tokprune.runtime.making import NO_FLASH, making_sessions
 from tokprune.runtime.manifest import Manifest
 from tokprune.runtime.memory import usual_work
 
@@ -33,10 +34,15 @@ def measure_forms(manifest: Manifest) -> dict[str, float]:
     shape = facts.heads, facts.kv_heads, facts.head_dim
     visual = [facts.vision.tokens, *(stage.keep for stage in manifest.plan.stages)]
     found = {"whole": 0.0, "flash": 0.0}
-    for index, first, stop in manifest.plan.segments(facts.layers):
-        rows = work.text_tokens + work.images * visual[index]
-        for form, (prompt, step) in _times(shape, rows, stop - first).items():
-            found[form] += (stop - first) * (prompt + work.new_tokens * step)
+    set_by_user = os.environ.pop(NO_FLASH, None)  # it would make both the same
+    try:
+        for index, first, stop in manifest.plan.segments(facts.layers):
+            rows = work.text_tokens + work.images * visual[index]
+            for form, (prompt, step) in _times(shape, rows, stop - first).items():
+                found[form] += (stop - first) * (prompt + work.new_tokens * step)
+    finally:
+        if set_by_user is not None:
+            os.environ[NO_FLASH] = set_by_user
     return {form: round(ms, 3) for form, ms in found.items()}
 
 

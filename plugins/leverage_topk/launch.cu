@@ -3,7 +3,7 @@
 // 1. XXᵀ in FP32. 2. Subspace iteration Q ← orth((XXᵀ − c)Q) from a fixed start, the shifts c being a Chebyshev
 // filter's. 3. For a thin subspace, one pass with X itself, Q ← orth(X(XᵀQ)): some of what XXᵀ lost by squaring the
 // condition number returns. 4. T = (XᵀQ)ᵀ(XᵀQ), its projector, scores, the k best. plugins/leverage_topk/body.py does
-// the same in ONNX nodes.
+// the same in ONNX nodes, but for which round first has a shift.
 
 #include "launch.h"
 

@@ -28,7 +28,7 @@ struct LeverageTopKOp {
             throw std::invalid_argument("rank = " + std::to_string(call.rank) + " and energy = " +
                                         std::to_string(call.energy) + ", not either a rank or an energy in (0, 1)");
         }
-        if (call.k < 1 || call.maxRank < 1 || call.rounds < 1 || call.oversampling < 0 || call.purifications < 0) {
+        if (call.k < 1 || call.maxRank < 1 || call.rounds < 1 || call.oversampling < 0 || call.purifications < 1) {
             throw std::invalid_argument("an attribute is below its least value");
         }
     }

@@ -55,7 +55,10 @@ def find_fused(bundle: Bundle, version: str) -> tuple[Found | None, tuple[str, .
         if slot.library == LIBRARY:
             reason = misfit(folder, slot, bundle, version, ARCH)
             if reason is None:
-                return Found(folder, slot, read_form(folder)), ()
+                try:
+                    return Found(folder, slot, read_form(folder)), ()
+                except ValueError as error:
+                    reason = str(error)
             remarks.append(
                 f"{folder.name} is not used, {reason}: build it again with tokprune build {bundle.path} --target cpu"
             )
@@ -65,16 +68,13 @@ def find_fused(bundle: Bundle, version: str) -> tuple[Found | None, tuple[str, .
 def read_form(folder: Path) -> bool:
     """Whether attention is to have its flash form in the slot ``folder``: what was faster where it was built.
 
-    Raises UserError for a file that does not say.
+    Raises ValueError for a file that does not say.
     """
     try:
         times = json.loads((folder / FORM).read_text(encoding="utf-8"))
         return float(times["flash"]) < float(times["whole"])
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"{folder / FORM} does not say which form of attention is faster ({error!r}): remove that folder and build "
-            "it again with tokprune build --target cpu"
-        ) from None
+        raise ValueError(f"{FORM} does not say which form of attention is faster ({error!r})") from None
 
 
 @dataclass

@@ -6,6 +6,7 @@ Whoever makes them sees to it that engine and segment belong together. See `sess
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from tokprune.runtime.errors import UserError
 from tokprune.runtime.manifest import SegmentFacts
 
 Shape = tuple[int, ...]
+GRAPHS = "TOKPRUNE_CUDA_GRAPHS"  # in the environment: 0 for none, to compare, or where one is suspected
 
 
 class EngineSession:
@@ -143,7 +145,9 @@ class DecoderSession(EngineSession):
         self._own: dict[str, DeviceTensor] = {}  # of decode steps
         self._remark = remark
         self._graph: Graph | None = None  # of the shapes and addresses that the context has
-        self._records = True
+        self._records = os.environ.get(GRAPHS) != "0"
+        if not self._records:
+            remark(f"decode steps of {facts.name} are launched kernel by kernel, as {GRAPHS}=0 asks")
 
     def run(self, feeds: Mapping[str, Any], outputs: Sequence[str], spare: int = 0) -> dict[str, Any]:
         batch, rows = feeds[names.POSITION_IDS].shape

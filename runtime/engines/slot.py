@@ -106,15 +106,21 @@ def read_segment(path: Path) -> SegmentEngine | None:
 
 
 def read_slots(bundle: Path) -> Iterator[tuple[Path, Slot]]:
-    """The bundle's whole slots with their folders. Raises UserError for one that is damaged."""
+    """The bundle's whole slots with their folders. Raises UserError for one that is damaged.
+
+    One of another schema has no segments, and is a `misfit`.
+    """
     for path in sorted((bundle / FOLDER).glob(f"*/{FILE}")):
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
-            if data["schema"] != SCHEMA:
-                raise ValueError(f"schema {data['schema']} instead of {SCHEMA}")
-            slot = Slot(**data | {"segments": tuple(map(_segment, data["segments"]))})
+            known = data["schema"] == SCHEMA
+            if not known:
+                data = {field.name: data[field.name] for field in dataclasses.fields(Slot)}
+            slot = Slot(**data | {"segments": tuple(map(_segment, data["segments"])) if known else ()})
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"{path} cannot be read ({error}): build the engines again with tokprune build") from None
+            raise UserError(
+                f"{path} cannot be read ({error}): remove its folder, or build it again with tokprune build"
+            ) from None
         yield path.parent, slot
 
 
@@ -135,6 +141,8 @@ def file_fault(folder: Path, slot: Slot, *, check_hashes: bool = False) -> str |
 
 def misfit(folder: Path, slot: Slot, bundle: Bundle, version: str, arch: str) -> str | None:
     """Why the engines of ``slot`` cannot run here: with this ``version`` of its library, on a GPU of ``arch``."""
+    if slot.schema != SCHEMA:
+        return f"built by another version of tokprune (schema {slot.schema}, this one's is {SCHEMA})"
     if slot.bundle != manifest_hash(bundle.path):
         return "built from another export than the one beside it"
     if slot.version != version:
