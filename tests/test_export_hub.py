@@ -54,7 +54,8 @@ def test_a_directory_comes_first(tiny_checkpoint, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("model", ["nowhere", "./no/where", "/no/where", "a/b/c", "../x"])
-def test_what_is_no_id_is_not_asked_for(model, monkeypatch):
+def test_what_is_no_id_is_not_asked_for(model, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(checkpoint_module, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
     with pytest.raises(UserError, match="does not exist: give a checkpoint's directory, a hub id"):
         find_checkpoint(model)

@@ -229,7 +229,7 @@ class TestFit:
     def test_a_slot_that_is_damaged(self, bundle, trt):
         folder = fake_tensorrt.write_slot(bundle)
         (folder / "slot.json").write_text("{}")
-        with pytest.raises(UserError, match=r"slot\.json cannot be read .*: build the engines again"):
+        with pytest.raises(UserError, match=r"slot\.json cannot be read .*: remove its folder, or build it again"):
             load(bundle, engine="tensorrt")
 
 
