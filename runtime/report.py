@@ -234,7 +234,7 @@ def build_report(result: Mapping[str, Any]) -> str:
     ]
     last = "difference from neutral" if is_fused else "profiles"
     lines = [
-        table(rows, ("segment", "built now", "took", "graph" if is_fused else "engine", last)),
+        table(rows, ("segment", "built now", "took", "files" if is_fused else "engine", last)),
         "",
         f"{result['library']} {result['version']} for {result['arch']}, selector {result['selector']}; "
         f"{size(result['bytes'])} in {result['slot']}",
